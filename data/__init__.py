@@ -1,0 +1,1 @@
+"""The dataset format, and the programs that record and convert datasets."""

@@ -1,0 +1,231 @@
+"""The one dataset format that the scripts train from: a folder of NumPy files, steps in time order.
+
+    observation.npy   float32 [N, ...] or uint8 [N, 84, 84]
+    action.npy        int32 [N]
+    reward.npy        float32 [N]
+    is_first.npy  is_last.npy  is_terminal.npy      bool [N]
+    meta.json         format version, environment, number of actions, where the steps come from, their count and returns
+
+RLDS convention: action[t] and reward[t] follow observation[t]; an episode's last step has only an observation, and its
+action and reward are 0. is_terminal marks the ends where the value is 0, as opposed to episodes that were cut off.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
+DTYPES = {"action": np.int32, "reward": np.float32, "is_first": np.bool_, "is_last": np.bool_, "is_terminal": np.bool_}
+FIELDS = ("observation", *DTYPES)
+
+
+class InputError(Exception):
+    """Something that the person at the keyboard can put right, in one sentence: programs print it and exit with 2."""
+
+
+class Dataset(NamedTuple):
+    """N steps in time order; arrays are NumPy arrays, memory-mapped when they come from open_dataset."""
+
+    observation: NDArray  # [N, ...] float32 or uint8
+    action: NDArray  # [N] int32
+    reward: NDArray  # [N] float32
+    is_first: NDArray  # [N] bool
+    is_last: NDArray  # [N] bool
+    is_terminal: NDArray  # [N] bool
+    meta: dict[str, Any]
+
+
+class DatasetWriter:
+    """Appends episodes to a folder that write_dataset made; memory holds one episode at a time."""
+
+    def __init__(self, folder: Path):
+        self.returns: list[float] = []
+        self.steps = 0
+        self._files = {field: (folder / f"{field}.npy").open("wb") for field in FIELDS}
+        self._observation_type: tuple[np.dtype, tuple[int, ...]] | None = None
+
+    def add_episode(self, observation: NDArray, action: NDArray, reward: NDArray, terminal: bool) -> None:
+        """Appends one episode of L + 1 observations [L + 1, ...], L >= 1 actions [L] and L rewards [L].
+
+        terminal: whether the value after the last observation is 0 (otherwise the episode was cut off).
+        Raises InputError where the lengths do not fit each other or the observations those of earlier episodes.
+        """
+        length = len(action)
+        if length < 1 or len(observation) != length + 1 or len(reward) != length:
+            raise InputError(
+                f"an episode needs one observation more than actions and rewards, "
+                f"but it has {len(observation)}, {length} and {len(reward)}"
+            )
+        observation_type = (observation.dtype, observation.shape[1:])
+        if self._observation_type is None:
+            self._observation_type = observation_type
+            for field in FIELDS:
+                self._write_header(field)
+        if observation_type != self._observation_type:
+            raise InputError(f"observations change from {self._observation_type} to {observation_type}")
+        steps = {
+            "observation": observation,
+            "action": np.append(action, 0),
+            "reward": np.append(reward, 0),
+            "is_first": np.arange(length + 1) == 0,
+            "is_last": np.arange(length + 1) == length,
+            "is_terminal": (np.arange(length + 1) == length) & terminal,
+        }
+        for field, values in steps.items():
+            self._files[field].write(np.ascontiguousarray(values, dtype=DTYPES.get(field)).data)
+        self.returns.append(float(np.sum(reward, dtype=np.float64)))
+        self.steps += length + 1
+
+    def _write_header(self, field: str) -> None:
+        """Writes the .npy header; its size is the same for any number of steps, so that finish can write it again."""
+        assert self._observation_type is not None
+        dtype, shape = self._observation_type if field == "observation" else (np.dtype(DTYPES[field]), ())
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": (self.steps, *shape),
+        }
+        np.lib.format.write_array_header_1_0(self._files[field], header)
+
+    def finish(self) -> None:
+        """Writes the true lengths and forces every file to disk. Raises InputError if there is no episode."""
+        if not self.returns:
+            raise InputError("there is no episode to write")
+        for field, file in self._files.items():
+            file.seek(0)
+            self._write_header(field)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+@contextmanager
+def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
+    """Holds the advisory lock of a folder; the system drops it when the program ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def write_dataset(path: Path, **meta: Any) -> Iterator[DatasetWriter]:
+    """Makes the dataset folder `path`, whole when the block ends, or not at all.
+
+    The files are written beside `path` and renamed at the end. What a killed program left there is removed first.
+    meta: benchmark, env_id, num_actions and whatever tells where the steps come from; steps, episodes and returns are
+    added. Raises InputError if `path` exists, nothing was added, or the disk is full.
+    """
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path} exists already; remove it or name another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}."
+    with _locked(path.parent):
+        for leftover in path.parent.glob(f"{prefix}*"):
+            with suppress(BlockingIOError), _locked(leftover, fcntl.LOCK_NB):  # it blocks: a living program writes there
+                shutil.rmtree(leftover)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+        lock = ExitStack()
+        lock.enter_context(_locked(folder))
+    writer = DatasetWriter(folder)
+    try:
+        yield writer
+        writer.finish()
+        tenth = max(1, len(writer.returns) // 10)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            **meta,
+            "steps": writer.steps,
+            "episodes": len(writer.returns),
+            "return_mean": float(np.mean(writer.returns)),
+            "return_min": min(writer.returns),
+            "return_max": max(writer.returns),
+            "return_mean_first_tenth": float(np.mean(writer.returns[:tenth])),
+            "return_mean_last_tenth": float(np.mean(writer.returns[-tenth:])),
+        }
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        folder.chmod(0o755)
+        folder.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"the disk is full: {path} needs more than is free there") from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise InputError(f"{path} appeared while this program was writing it; it was left as it is") from error
+        raise
+    finally:
+        writer.close()
+        lock.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_dataset(path: Path) -> Dataset:
+    """Opens a dataset folder, memory-mapped, and checks lengths, dtypes, ranges and flags.
+
+    Raises InputError, naming the file, where something is missing, damaged or does not fit the format.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"there is no dataset folder {path}")
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        expected = {key: meta[key] for key in ("format_version", "env_id", "num_actions", "steps", "episodes")}
+    except FileNotFoundError:
+        raise InputError(f"{path} is not a dataset: it has no meta.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / 'meta.json'} is damaged: {error!r}") from None
+    if expected["format_version"] != FORMAT_VERSION:
+        raise InputError(f"{path} has format version {expected['format_version']}, not {FORMAT_VERSION}")
+
+    arrays: dict[str, NDArray] = {}
+    for field in FIELDS:
+        file = path / f"{field}.npy"
+        try:
+            arrays[field] = np.load(file, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise InputError(f"{path} is not a dataset: it has no {file.name}") from None
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{file} is damaged or cut short: {error}") from None
+        dtypes = (np.float32, np.uint8) if field == "observation" else (DTYPES[field],)
+        if arrays[field].dtype not in dtypes:
+            raise InputError(f"{file} holds {arrays[field].dtype}, not {' or '.join(d.__name__ for d in dtypes)}")
+        if len(arrays[field]) != expected["steps"] or (field != "observation" and arrays[field].ndim != 1):
+            raise InputError(f"{file} has shape {arrays[field].shape}, but meta.json says {expected['steps']} steps")
+
+    data = Dataset(**arrays, meta=meta)
+    floats = [data.reward] + ([data.observation] if data.observation.dtype == np.float32 else [])
+    faults = {
+        "is_first.npy and is_last.npy do not mark whole episodes": not (
+            data.is_first[0] and data.is_last[-1] and np.array_equal(data.is_first[1:], data.is_last[:-1])
+        ),
+        "is_first.npy does not mark as many episodes as meta.json says": data.is_first.sum() != expected["episodes"],
+        "is_terminal.npy marks a step that is not an episode's last": bool(np.any(data.is_terminal & ~data.is_last)),
+        f"action.npy holds an action outside 0 to {expected['num_actions'] - 1}": not (
+            0 <= data.action.min() and data.action.max() < expected["num_actions"]
+        ),
+        "action.npy or reward.npy is not 0 at an episode's last step": bool(
+            np.any(data.action[data.is_last]) or np.any(data.reward[data.is_last])
+        ),
+        "reward.npy or observation.npy holds a number that is not finite": not all(
+            np.isfinite(values).all() for values in floats
+        ),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise InputError(f"{path} is damaged: {fault}")
+    return data

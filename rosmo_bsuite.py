@@ -1,0 +1,766 @@
+"""ROSMO on BSuite in one file: offline reinforcement learning by a one-step look-ahead with a learned model.
+
+Liu, Li, Lee, Yan, Xu: "Efficient Offline Policy Optimization with a Learned Model", ICLR 2023 (arXiv 2210.05980).
+
+    python rosmo_bsuite.py --env-id catch                      # the paper's settings, 200,000 updates
+    python rosmo_bsuite.py --env-id catch --total-steps 5000   # a short run
+    python rosmo_bsuite.py --resume RUN_DIR                    # go on where a run was stopped
+    python rosmo_bsuite.py --resume RUN_DIR --eval-only        # score its last checkpoint
+
+In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), S the size of a latent state,
+A the number of actions, N the steps of the dataset; h, g and f are representation, dynamics and prediction.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tyro
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from data.dataset import Dataset, InputError, open_dataset
+from data.record_bsuite import default_folder, make_environment, record
+
+# ---------------------------------------------------------------------------------------------------------------- Args
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    env_id: str = "catch"
+    """the task: catch, cartpole or mountain_car"""
+    seed: int = 0
+    """seed of the run; everything random in it follows from it"""
+    total_steps: int = 200_000
+    """updates to make"""
+    batch_size: int = 512
+    """windows per update"""
+    run_dir: Path | None = None
+    """folder to make for this run; by default runs/<env>__<script>__<seed>__<time>"""
+    resume: Path | None = None
+    """folder of a run to go on with; its settings are taken from there"""
+    checkpoint_interval: int = 10_000
+    """updates between checkpoints"""
+
+    data_dir: Path | None = None
+    """dataset folder; by default the task's place under datasets/bsuite/, recorded on first use if it is missing"""
+    data_fraction: float = 1.0
+    """fraction of the episodes to train on, evenly spaced over the dataset, chosen by seed"""
+    noise: float = 0.0
+    """probability with which the environment replaces the agent's action, in the data and in evaluation"""
+
+    unroll_steps: int = 3
+    """K, the steps that the model is unrolled"""
+    bootstrap_steps: int = 3
+    """n, the steps of the n-step return"""
+    discount: float = 0.997**4
+    """gamma"""
+    num_bins: int = 20
+    """bins of the reward and value distributions"""
+    dynamics_width: int = 32
+    """hidden units of the dynamics network"""
+    dynamics_gradient_scale: float = 0.5
+    """factor on the gradient into each next state"""
+    value_coef: float = 0.25
+    """weight of the value loss"""
+    policy_coef: float = 1.0
+    """weight of the policy loss"""
+    behavior_coef: float = 0.2
+    """weight of the advantage-filtered behaviour cloning; 0 is the one-step method without regularisation"""
+    sampling: bool = False
+    """sample num_simulations actions for the one-step target instead of looking at every action"""
+    num_simulations: int = 4
+    """actions sampled per state, with --sampling"""
+    learning_rate: float = 7e-4
+    """peak learning rate"""
+    warmup_steps: int = 1_000
+    """updates over which the learning rate rises linearly from 0"""
+    learning_rate_decay: float = 0.1
+    """factor on the learning rate every learning_rate_decay_steps"""
+    learning_rate_decay_steps: int = 100_000
+    """updates between two decays, counted from the end of the warm-up"""
+    weight_decay: float = 1e-4
+    """AdamW's decay, on kernels only"""
+    max_grad_norm: float = 5.0
+    """global norm to which gradients are clipped"""
+    target_update_interval: int = 200
+    """updates between copies of the parameters to the target parameters"""
+
+    eval_interval: int = 5_000
+    """updates between evaluations"""
+    eval_episodes: int = 32
+    """episodes per evaluation"""
+    eval_envs: int = 32
+    """environments that play them side by side"""
+    eval_only: bool = False
+    """with --resume: score the last checkpoint, print the result and stop"""
+
+    log_interval: int = 1_000
+    """updates between lines of metrics.jsonl"""
+    track: bool = False
+    """log to Weights & Biases too"""
+    wandb_project: str = "rosmo"
+    """Weights & Biases project"""
+    wandb_entity: str | None = None
+    """Weights & Biases entity (user or team)"""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """type that the networks compute in; parameters, targets and losses stay float32"""
+    updates_per_call: int = 50
+    """updates in one call of the compiled program; an interrupt waits for its end"""
+
+
+# What --resume may change: all else would make another run of it.
+CHANGEABLE = {"total_steps", "resume", "run_dir", "data_dir", "checkpoint_interval", "eval_interval", "eval_episodes"}
+CHANGEABLE |= {"eval_envs", "eval_only", "log_interval", "track", "wandb_project", "wandb_entity", "updates_per_call"}
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Reads the command line. Raises InputError for impossible values and for values that differ from the resumed run's."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.resume is not None:
+        try:
+            run = json.loads((args.resume / "args.json").read_text())
+            saved = {field.name: run["args"][field.name] for field in dataclasses.fields(Args)}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{args.resume} is not the folder of a run that can be resumed: {error!r}") from None
+        if run["script"] != Path(__file__).stem:
+            raise InputError(f"{args.resume} is a run of {run['script']}.py, not of {Path(__file__).name}")
+        saved |= {"data_dir": saved["data_dir"] and Path(saved["data_dir"]), "resume": args.resume}
+        args = dataclasses.replace(tyro.cli(Args, args=argv, default=Args(**saved)), run_dir=args.resume)
+        for name in sorted(saved.keys() - CHANGEABLE):
+            if getattr(args, name) != saved[name]:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"the checkpoint was made with {flag} {saved[name]}, not {getattr(args, name)}")
+    faults = {f"--{name.replace('_', '-')} must be positive": getattr(args, name) <= 0 for name in (
+        "total_steps", "batch_size", "checkpoint_interval", "unroll_steps", "bootstrap_steps", "dynamics_width",
+        "num_simulations", "learning_rate", "learning_rate_decay_steps", "max_grad_norm", "target_update_interval",
+        "eval_interval", "eval_episodes", "eval_envs", "log_interval", "updates_per_call",
+    )} | {
+        "--data-fraction must be above 0 and at most 1": not 0 < args.data_fraction <= 1,
+        "--noise must be from 0 to 1": not 0 <= args.noise <= 1,
+        "--discount must be from 0 to 1": not 0 <= args.discount <= 1,
+        "--num-bins must be at least 3": args.num_bins < 3,
+        "--warmup-steps must not be negative": args.warmup_steps < 0,
+        "--eval-only needs --resume RUN_DIR": args.eval_only and args.resume is None,
+        f"--batch-size must be a multiple of the {jax.device_count()} devices": args.batch_size % jax.device_count() != 0,
+    }  # fmt: skip
+    for fault, found in faults.items():
+        if found:
+            raise InputError(fault)
+    return args
+
+
+# -------------------------------------------------------------------------------------------------- Dataset and sampler
+
+
+class Steps(NamedTuple):
+    """Steps in time order: the whole dataset with leading axis [N], or a batch of windows with leading axes [B, T]."""
+
+    observation: jax.Array  # [..., rows, columns] float32
+    action: jax.Array  # [...] int32
+    reward: jax.Array  # [...] float32
+    is_first: jax.Array  # [...] bool
+    is_last: jax.Array  # [...] bool
+
+
+def sharding(*axes: str) -> NamedSharding:
+    """sharding("batch") splits the leading axis over all devices, sharding() gives each device the whole."""
+    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), PartitionSpec(*axes))
+
+
+def load_dataset(args: Args) -> Dataset:
+    """Opens the run's dataset, records the standard one if it is missing, and keeps a fraction of the episodes.
+
+    Raises InputError for a dataset that is missing, damaged, of another task or noise, or too small for the settings.
+    """
+    folder = args.data_dir or default_folder(args.env_id, args.noise)
+    environment = make_environment(args.env_id, args.seed, args.noise)
+    if args.data_dir is None and not folder.exists():
+        print(f"There is no dataset in {folder}: recording one now, all that a DQN sees while it learns {args.env_id}, as the\n"
+              "paper's was made. README.md says how to bring in the paper's own (data/convert_bsuite.py).", flush=True)  # fmt: skip
+        record(args.env_id, args.noise)
+    data = open_dataset(folder)
+    task, num_actions, noise = data.meta["env_id"], data.meta["num_actions"], data.meta.get("noise", 0.0)
+    if (task, num_actions) != (args.env_id, environment.action_spec().num_values):
+        raise InputError(f"{folder} is a dataset of {task} with {num_actions} actions, not of {args.env_id}")
+    if noise != args.noise:
+        raise InputError(f"{folder} was recorded with noise {noise}, not {args.noise}: give --noise {noise}")
+    if data.observation.shape[1:] != environment.observation_spec().shape or data.observation.dtype != np.float32:
+        raise InputError(f"{folder} has observations of shape {data.observation.shape[1:]}, which are not {args.env_id}'s")
+    if args.data_fraction < 1:
+        kept = select_episodes(data.meta["episodes"], args.data_fraction, args.seed)
+        if len(kept) == 0:
+            raise InputError(f"--data-fraction {args.data_fraction} leaves none of the {data.meta['episodes']} episodes")
+        mask = np.isin(np.cumsum(data.is_first) - 1, kept)
+        data = Dataset(*(field[mask] for field in data[:-1]), meta=data.meta)
+    window = args.unroll_steps + args.bootstrap_steps + 1
+    longest = np.diff(np.flatnonzero(np.append(data.is_first, True))).max()
+    if longest < window:
+        raise InputError(f"windows of {window} steps are longer than every episode of the data (at most {longest} steps)")
+    if len(data.action) - window + 1 < args.batch_size:
+        raise InputError(f"--batch-size {args.batch_size} is more than the data's {len(data.action) - window + 1} windows")
+    return data
+
+
+def select_episodes(episodes: int, fraction: float, seed: int) -> np.ndarray:
+    """Indices of round(fraction * episodes) episodes, one drawn from each of as many equal stretches of the dataset."""
+    edges = np.linspace(0, episodes, round(fraction * episodes) + 1)
+    return np.floor(np.random.default_rng(seed).uniform(edges[:-1], edges[1:])).astype(int)
+
+
+def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
+    """Indices [B, T] of windows of consecutive steps, all starts alike; a window may run over an episode's end."""
+    window = args.unroll_steps + args.bootstrap_steps + 1
+    start = jax.random.randint(key, (args.batch_size,), 0, num_steps - window + 1)
+    return jax.lax.with_sharding_constraint(start, sharding("batch"))[:, None] + jnp.arange(window)
+
+
+# ------------------------------------------------------------------------------------------------------------- Networks
+
+
+class Prediction(NamedTuple):
+    policy_logits: jax.Array  # [..., A]
+    reward_logits: jax.Array  # [..., num_bins], of the reward on the way into the state
+    value_logits: jax.Array  # [..., num_bins]
+
+
+class MLP(nn.Module):
+    """Dense layers with relu between them and none after the last."""
+
+    layers: tuple[int, ...]
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i, features in enumerate(self.layers):
+            x = nn.Dense(features, dtype=self.dtype)(nn.relu(x) if i else x)
+        return x
+
+
+class Model(nn.Module):
+    """The learned model of MuZero (Schrittwieser et al. 2020): representation h, dynamics g and prediction f."""
+
+    num_actions: int
+    args: Args
+
+    def setup(self) -> None:
+        dtype = self.args.compute_dtype
+        self.encoder = MLP((64, 64, 32), dtype)
+        self.transition = MLP((self.args.dynamics_width, 32), dtype)
+        self.torso = nn.Dense(32, dtype=dtype)
+        self.heads = nn.Dense(self.num_actions + 2 * self.args.num_bins, dtype=dtype, kernel_init=nn.initializers.zeros)
+
+    def representation(self, observation: jax.Array) -> jax.Array:
+        """h: observations [..., rows, columns] to states [..., S]."""
+        return self.encoder(observation.reshape(*observation.shape[:-2], -1))
+
+    def dynamics(self, state: jax.Array, action: jax.Array) -> jax.Array:
+        """g: states [..., S] and actions [...] to next states [..., S]."""
+        one_hot = jax.nn.one_hot(action, self.num_actions, dtype=state.dtype)
+        return self.transition(jnp.concatenate([state, one_hot], axis=-1))
+
+    def prediction(self, state: jax.Array) -> Prediction:
+        """f: states [..., S] to float32 logits. The three linear heads are one product, which is faster."""
+        logits = self.heads(nn.relu(self.torso(state))).astype(jnp.float32)
+        return Prediction(*jnp.split(logits, (self.num_actions, self.num_actions + self.args.num_bins), axis=-1))
+
+    def __call__(self, observation: jax.Array, action: jax.Array) -> Prediction:
+        return self.prediction(self.dynamics(self.representation(observation), action))
+
+
+# ----------------------------------------------------------------------------------------------------- Value transforms
+
+
+def value_transform(x: jax.Array) -> jax.Array:
+    """phi(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x (Pohlen et al. 2018, arXiv 1805.11593)."""
+    return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
+
+
+def inverse_value_transform(x: jax.Array) -> jax.Array:
+    """phi^-1, exactly; written as (sqrt(1 + u) - 1) = u / (sqrt(1 + u) + 1), which loses no digits to cancellation."""
+    y = jnp.abs(x) + 1 + 0.001
+    return jnp.sign(x) * (jnp.square(2 * y / (jnp.sqrt(1 + 4 * 0.001 * y) + 1)) - 1)
+
+
+def support(num_bins: int) -> jax.Array:
+    """The integers that the bins stand for, from -m on, m = (num_bins - 1) // 2."""
+    return jnp.arange(num_bins, dtype=jnp.float32) - (num_bins - 1) // 2
+
+
+def two_hot(x: jax.Array, num_bins: int) -> jax.Array:
+    """[...] to [..., num_bins]: weights of the two integers around x (clipped to [-m, m]) whose mean is x."""
+    limit = (num_bins - 1) // 2
+    return jnp.maximum(0, 1 - jnp.abs(jnp.clip(x, -limit, limit)[..., None] - support(num_bins)))
+
+
+def to_scalar(logits: jax.Array) -> jax.Array:
+    """[..., num_bins] to [...]: phi^-1 of the distribution's mean."""
+    return inverse_value_transform(jax.nn.softmax(logits) @ support(logits.shape[-1]))
+
+
+# --------------------------------------------------------------------------------------------------- Policy improvement
+
+
+def one_step_advantage(params: Any, state: jax.Array, value: jax.Array, action: jax.Array, model: Model) -> jax.Array:
+    """adv_g(s, a) = r_g(s, a) + gamma v(g(s, a)) - v(s), by one step of the model.
+
+    state [..., S] with value [...] and actions [..., N] to advantages [..., N].
+    """
+    net = model.bind(params)
+    states = jnp.broadcast_to(state[..., None, :], (*action.shape, state.shape[-1]))
+    after = net.prediction(net.dynamics(states, action))
+    return to_scalar(after.reward_logits) + model.args.discount * to_scalar(after.value_logits) - value[..., None]
+
+
+def one_step_target(prior_logits: jax.Array, advantage: jax.Array) -> jax.Array:
+    """p(a) = prior(a) exp(adv_g(s, a)) / Z over all actions; all arrays are [..., A]."""
+    return jax.nn.softmax(prior_logits + advantage)
+
+
+def sampled_one_step_target(action: jax.Array, advantage: jax.Array, num_actions: int) -> jax.Array:
+    """The target from N actions drawn from the prior (Muesli, Hessel et al. 2021): [..., N], [..., N] to [..., A].
+
+    Z_i = (1 + sum_j exp(adv_j) - exp(adv_i)) / N; p(a_i) += exp(adv_i) / (N Z_i). It weights -log pi; its sum is not 1.
+    """
+    weight = jnp.exp(advantage)
+    weight /= 1 + jnp.sum(weight, axis=-1, keepdims=True) - weight
+    return jnp.sum(weight[..., None] * jax.nn.one_hot(action, num_actions), axis=-2)
+
+
+def improve_policy(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, model: Model) -> jax.Array:
+    """The improved policy [..., A] at states [..., S] with their prediction."""
+    logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)
+    if model.args.sampling:
+        draws = (model.args.num_simulations, *value.shape)
+        action = jnp.moveaxis(jax.random.categorical(key, logits, shape=draws), 0, -1)  # [..., N]
+        advantage = one_step_advantage(params, state, value, action, model)
+        return sampled_one_step_target(action, advantage, model.num_actions)
+    action = jnp.broadcast_to(jnp.arange(model.num_actions), logits.shape)  # [..., A]
+    return one_step_target(logits, one_step_advantage(params, state, value, action, model))
+
+
+# ----------------------------------------------------------------------------------------------------------------- Loss
+
+
+class Labels(NamedTuple):
+    """What the target parameters say of steps, with the leading axes of Steps."""
+
+    reward: jax.Array  # [...], predicted on the way into the step's state
+    value: jax.Array  # [...]
+    policy: jax.Array  # [..., A], improved
+
+
+class Targets(NamedTuple):
+    action: jax.Array  # [B, K] int32, the actions to unroll
+    reward: jax.Array  # [B, K]
+    value: jax.Array  # [B, K+1]
+    policy: jax.Array  # [B, K+1, A]
+    behavior: jax.Array  # [B, K+1] bool, whether to clone the data's action
+
+
+def make_labels(target_params: Any, key: jax.Array, observation: jax.Array, model: Model) -> Labels:
+    """Labels [...] of observations [..., rows, columns]."""
+    net = model.bind(target_params)
+    state = net.representation(observation)
+    prediction = net.prediction(state)
+    policy = improve_policy(target_params, key, state, prediction, model)
+    return Labels(to_scalar(prediction.reward_logits), to_scalar(prediction.value_logits), policy)
+
+
+def n_step_return(reward: jax.Array, is_last: jax.Array, value: jax.Array, args: Args) -> jax.Array:
+    """z_t = sum_{i<n} D_i r_{t+i} + D_n v_{t+n}, D_0 = 1, D_{i+1} = D_i gamma (1 - is_last_{t+i+1}), for t = 0..K.
+
+    All three arrays are [B, T]; the result is [B, K+1].
+    """
+    length = args.unroll_steps + 1
+    result, discount = jnp.zeros_like(value[:, :length]), jnp.ones_like(value[:, :length])
+    for i in range(args.bootstrap_steps):
+        result += discount * reward[:, i : i + length]
+        discount *= args.discount * ~is_last[:, i + 1 : i + 1 + length]
+    return result + discount * value[:, args.bootstrap_steps :]
+
+
+def random_actions(key: jax.Array, shape: tuple[int, ...], num_actions: int) -> jax.Array:
+    """Uniform actions, to unroll after an episode's end."""
+    return jax.random.randint(key, shape, 0, num_actions)
+
+
+def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Targets:
+    """Targets of windows [B, T]; what lies after an episode's last step in the window is an absorbing state."""
+    k, length, num_actions = args.unroll_steps, args.unroll_steps + 1, labels.policy.shape[-1]
+    ended = jax.lax.cummax(batch.is_last[:, :length].astype(int), axis=1) == 1  # any is_last in 0..t
+    restarted = jax.lax.cummax(batch.is_first[:, 1 : length + 1].astype(int), axis=1) == 1  # any is_first in 1..t+1
+    # The behaviour filter H(adv_t), H(x) = 1 for x >= 0, with the advantage at the observed next state.
+    now, after = labels.value[:, :length], slice(1, length + 1)
+    advantage = labels.reward[:, after] + args.discount * labels.value[:, after] - now
+    return Targets(
+        action=jnp.where(restarted[:, :k], random_actions(key, (len(ended), k), num_actions), batch.action[:, :k]),
+        reward=jnp.where(restarted[:, :k], 0, batch.reward[:, :k]),
+        value=jnp.where(ended, 0, n_step_return(batch.reward, batch.is_last, labels.value, args)),
+        policy=jnp.where(ended[..., None], 1 / num_actions, labels.policy[:, :length]),
+        behavior=(advantage >= 0) & ~restarted,
+    )
+
+
+def scale_gradient(x: jax.Array, scale: float) -> jax.Array:
+    """x itself, with its gradient multiplied by scale."""
+    return scale * x + jax.lax.stop_gradient((1 - scale) * x)
+
+
+def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The training loss, a mean over steps and windows, and the metrics to log."""
+    args, net = model.args, model.bind(params)
+    states = [net.representation(batch.observation[:, 0])]  # of the online encodings only o_0's is used
+    for i in range(args.unroll_steps):
+        states.append(scale_gradient(net.dynamics(states[-1], targets.action[:, i]), args.dynamics_gradient_scale))
+    prediction = net.prediction(jnp.stack(states, axis=1))  # [B, K+1, ...]
+    log_policy = jax.nn.log_softmax(prediction.policy_logits)
+    behavior_action = batch.action[:, : args.unroll_steps + 1, None]
+
+    def cross_entropy(logits: jax.Array, scalar: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy(logits, two_hot(value_transform(scalar), args.num_bins)).mean()
+
+    metrics = {
+        "reward_loss": cross_entropy(prediction.reward_logits[:, 1:], targets.reward),
+        "value_loss": cross_entropy(prediction.value_logits, targets.value),
+        "policy_loss": -jnp.sum(targets.policy * log_policy, axis=-1).mean(),
+        "behavior_loss": -(targets.behavior * jnp.take_along_axis(log_policy, behavior_action, axis=-1)[..., 0]).mean(),
+        "policy_entropy": -jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1).mean(),
+        "value_target": targets.value.mean(),
+        "behavior_fraction": targets.behavior.mean(),
+    }
+    metrics["total_loss"] = (
+        metrics["reward_loss"]
+        + args.value_coef * metrics["value_loss"]
+        + args.policy_coef * metrics["policy_loss"]
+        + args.behavior_coef * metrics["behavior_loss"]
+    )
+    return metrics["total_loss"], metrics
+
+
+# ---------------------------------------------------------------------------------------------------------- Update step
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # [] int32, updates made
+    params: Any
+    target_params: Any
+    optimizer_state: Any
+    key: jax.Array  # stays as it is: update t draws from fold_in(key, t)
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW: warm-up to the peak, staircase decay, weight decay on kernels only."""
+    schedule = optax.warmup_exponential_decay_schedule(
+        init_value=0.0,
+        peak_value=args.learning_rate,
+        warmup_steps=args.warmup_steps,
+        transition_steps=args.learning_rate_decay_steps,
+        decay_rate=args.learning_rate_decay,
+        staircase=True,
+    )
+
+    def is_kernel(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    adamw = optax.adamw(schedule, weight_decay=args.weight_decay, mask=is_kernel)
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adamw)
+
+
+def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
+    """The state before the first update."""
+    init_key, key = jax.random.split(jax.random.PRNGKey(model.args.seed))
+    params = model.init(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros((1,), jnp.int32))
+    optimizer_state = make_optimizer(model.args).init(params)
+    state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
+    return jax.device_put(state, sharding())
+
+
+def update(
+    state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update on one batch of windows [B, T] with their labels [B, T]."""
+
+    def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict[str, jax.Array]]:
+        """Each device takes its share of the batch; gradient and metrics are averaged in a single exchange."""
+        flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
+        return unravel(jax.lax.pmean(flat, "batch"))
+
+    share, whole = sharding("batch"), sharding()
+    mean_gradient = jax.shard_map(
+        mean_gradient, mesh=share.mesh, in_specs=(whole.spec, share.spec, share.spec), out_specs=whole.spec, check_vma=False
+    )
+    gradient, metrics = mean_gradient(state.params, batch, make_targets(key, batch, labels, model.args))
+    updates, optimizer_state = make_optimizer(model.args).update(gradient, state.optimizer_state, state.params)
+    params, step = optax.apply_updates(state.params, updates), state.step + 1
+    target_params = optax.periodic_update(params, state.target_params, step, model.args.target_update_interval)
+    metrics["grad_norm"] = optax.tree.norm(gradient)
+    return TrainState(step, params, target_params, optimizer_state, state.key), metrics
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def label_dataset(state: TrainState, observation: jax.Array, model: Model) -> Labels:
+    """Labels [N] of the whole dataset [N, ...], which hold until the target parameters change.
+
+    The windows of one such interval, 200 x 512 of 7 steps each, have more steps than a BSuite dataset.
+    """
+    size, length = 1024, len(observation)
+    num_chunks = -(-length // (size * jax.device_count())) * jax.device_count()
+    chunks = jnp.resize(observation, (num_chunks, size, *observation.shape[1:]))
+    key = jax.random.fold_in(state.key, -1 - state.step // model.args.target_update_interval)
+    share, whole = sharding("batch"), sharding()
+    labels = jax.shard_map(
+        lambda params, *chunks: jax.lax.map(lambda chunk: make_labels(params, *chunk, model), chunks),
+        mesh=share.mesh, in_specs=(whole.spec, share.spec, share.spec), out_specs=share.spec, check_vma=False,
+    )(state.target_params, jax.random.split(key, num_chunks), chunks)  # fmt: skip
+    labels = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], labels)
+    return jax.lax.with_sharding_constraint(labels, whole)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def update_many(
+    state: TrainState, count: jax.Array, data: Steps, labels: Labels, model: Model
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Makes `count` updates in one compiled loop and sums their metrics. data and labels are the whole dataset's, [N]."""
+
+    def next_update(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        sample_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        index = sample_windows(sample_key, len(data.action), model.args)
+        batch, batch_labels = jax.tree.map(lambda x: x[index], (data, labels))
+        return update(state, update_key, batch, batch_labels, model)
+
+    def body(_: jax.Array, carry: tuple[TrainState, dict[str, jax.Array]]) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = next_update(carry[0])
+        return state, jax.tree.map(jnp.add, carry[1], metrics)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(next_update, state)[1])
+    return jax.lax.fori_loop(0, count, body, (state, zeros))
+
+
+# ------------------------------------------------------------------------------------------------ Acting and evaluation
+
+# Mean returns of random play and of the online DQN, between which scores are normalised.
+REFERENCE_RETURNS = {"catch": (-0.667, 1.0), "cartpole": (64.833, 1001.0), "mountain_car": (-1000.0, -102.167)}
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> jax.Array:
+    """Actions [V] at observations [V, rows, columns], drawn from the improved policy (with sampling, from the prior)."""
+    net = model.bind(params)
+    state = net.representation(observation)
+    prediction = net.prediction(state)
+    if model.args.sampling:
+        return jax.random.categorical(key, prediction.policy_logits)
+    return jax.random.categorical(key, jnp.log(improve_policy(params, key, state, prediction, model)))
+
+
+def evaluate(state: TrainState, model: Model) -> dict[str, float]:
+    """Plays eval_episodes episodes in the real environment and returns the "eval/..." metrics.
+
+    How many episodes each environment plays is fixed beforehand, so that short episodes do not count more often.
+    """
+    args, step = model.args, int(state.step)
+    num_envs = min(args.eval_envs, args.eval_episodes)
+    episodes_left = np.full(num_envs, args.eval_episodes // num_envs) + (np.arange(num_envs) < args.eval_episodes % num_envs)
+    seeds = np.random.SeedSequence([args.seed, step]).generate_state(num_envs + 1).tolist()
+    environments = [make_environment(args.env_id, seed, args.noise) for seed in seeds[1:]]
+    params, key = jax.device_put((state.params, jax.random.PRNGKey(seeds[0])), jax.devices()[0])
+    timesteps = [environment.reset() for environment in environments]
+    returns, lengths, running_return, running_length = [], [], np.zeros(num_envs), np.zeros(num_envs, int)
+    while episodes_left.any():
+        key, act_key = jax.random.split(key)
+        action = np.asarray(act(params, act_key, np.stack([timestep.observation for timestep in timesteps]), model))
+        for i in np.flatnonzero(episodes_left):
+            timesteps[i] = environments[i].step(int(action[i]))
+            running_return[i] += timesteps[i].reward
+            running_length[i] += 1
+            if timesteps[i].last():
+                returns.append(running_return[i])
+                lengths.append(running_length[i])
+                running_return[i] = running_length[i] = 0
+                episodes_left[i] -= 1
+                timesteps[i] = environments[i].reset()
+    random_play, online_dqn = REFERENCE_RETURNS[args.env_id]
+    return {
+        "eval/return_mean": float(np.mean(returns)),
+        "eval/return_std": float(np.std(returns)),
+        "eval/return_min": float(np.min(returns)),
+        "eval/return_max": float(np.max(returns)),
+        "eval/length_mean": float(np.mean(lengths)),
+        "eval/normalized_score": float((np.mean(returns) - random_play) / (online_dqn - random_play)),
+        "eval/episodes": len(returns),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- Checkpoints and logging
+
+
+def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
+    """Checkpoints appear whole or not at all; the last two are kept."""
+    return ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
+
+
+def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
+    """The last checkpoint, in the shapes and places of `state`. Raises InputError if there is none or it does not fit."""
+    step = checkpoints.latest_step()
+    if step is None:
+        raise InputError(f"{checkpoints.directory} holds no checkpoint")
+    try:
+        return checkpoints.restore(step, args=ocp.args.StandardRestore(state))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"the checkpoint {checkpoints.directory / str(step)} cannot be read: {reason}") from None
+
+
+def open_run(args: Args, dataset_meta: dict[str, Any]) -> Path:
+    """Makes the run's folder with its args.json, or checks that of a resumed run."""
+    script = Path(__file__).stem
+    if args.resume is not None:
+        if json.loads((args.resume / "args.json").read_text())["dataset"] != dataset_meta:
+            raise InputError(f"the dataset is not the one that {args.resume} was trained on")
+        return args.resume
+    run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    if run_dir.exists():
+        raise InputError(f"{run_dir} exists already: name another --run-dir, or go on with it by --resume {run_dir}")
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bsuite")
+    settings = {
+        "script": script,
+        "args": dataclasses.asdict(args),
+        "dataset": dataset_meta,
+        "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages},
+        "git_commit": git.stdout.strip() or None,
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    return run_dir
+
+
+class Log:
+    """Appends metrics to metrics.jsonl and, with --track, to Weights & Biases."""
+
+    def __init__(self, run_dir: Path, step: int, args: Args):
+        """Drops the lines after `step`: a killed run wrote them after its last checkpoint, and they come again."""
+        path, new = run_dir / "metrics.jsonl", run_dir / "metrics.jsonl.new"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        new.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        new.rename(path)
+        self.file, self.tracker = path.open("a"), None
+        if args.track:
+            import wandb
+
+            settings = {"project": args.wandb_project, "entity": args.wandb_entity, "config": dataclasses.asdict(args)}
+            self.tracker = wandb.init(**settings, dir=run_dir, name=run_dir.name, id=run_dir.name, resume="allow")
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        if self.tracker is not None:
+            self.tracker.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.tracker is not None:
+            self.tracker.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------------- Main
+
+
+def main(args: Args) -> int:
+    """Trains, or with --eval-only evaluates, and returns the exit code."""
+    environment = make_environment(args.env_id, args.seed, args.noise)
+    model = Model(environment.action_spec().num_values, args)
+    state = init_state(environment.observation_spec().shape, model)
+    if args.eval_only:
+        with open_checkpoints(args.run_dir) as checkpoints:
+            state = restore(checkpoints, state)
+        print(json.dumps({"step": int(state.step), **evaluate(state, model)}))
+        return 0
+
+    dataset = load_dataset(args)
+    data = jax.device_put(Steps(*(getattr(dataset, field) for field in Steps._fields)), sharding())
+    run_dir = open_run(args, dataset.meta)
+    checkpoints = open_checkpoints(run_dir)
+    state = restore(checkpoints, state) if args.resume else state
+    step = first_step = int(state.step)
+    log = Log(run_dir, step, args)
+    print(f"{run_dir}: {len(data.action)} steps, {dataset.is_first.sum()} episodes; all episodes' mean return "
+          f"{dataset.meta['return_mean']:.3f}; on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)  # fmt: skip
+    start = time.perf_counter()
+    labels = label_dataset(state, data.observation, model)
+    compiled_updates = update_many.lower(state, np.int32(0), data, labels, model).compile()
+    seconds = {"compile": time.perf_counter() - start, "update": 0.0, "evaluation": 0.0}
+    stopped_by: list[int] = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: stopped_by.append(signum))
+
+    bar = tqdm(total=args.total_steps, initial=step, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
+    sums: dict[str, float] = {}
+    logged_step, logged_seconds = step, 0.0
+    while step < args.total_steps and not stopped_by:
+        start = time.perf_counter()
+        if step % args.target_update_interval == 0:
+            labels = label_dataset(state, data.observation, model)
+        count = min(args.updates_per_call, args.total_steps - step, *(every - step % every for every in intervals))
+        state, metrics = compiled_updates(state, np.int32(count), data, labels)
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}  # waits for the device
+        seconds["update"] += time.perf_counter() - start
+        if not np.isfinite([sums["total_loss"], sums["grad_norm"]]).all():
+            sys.exit(f"the loss or its gradient is not finite after {step} updates; the last checkpoint in {run_dir} is good")
+        step += count
+        means = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
+        left = (args.total_steps - step) * seconds["update"] / (step - first_step) / 60
+        if step - first_step == count and jax.default_backend() == "cpu":
+            bar.write(f"No accelerator: an update takes {1000 * seconds['update'] / count:.1f} ms here, all of them about "
+                      f"{left:.0f} min. --total-steps 5000 is a size that suits a CPU.", file=sys.stdout)  # fmt: skip
+        bar.set_postfix(loss=f"{means['train/total_loss']:.3f}", refresh=False)
+        bar.update(count)
+        last = step == args.total_steps
+        if step % args.log_interval == 0 or last:
+            speed = (step - logged_step) / (seconds["update"] - logged_seconds)
+            log.write(step, means | {"train/updates_per_second": speed} | {f"time/{k}": v for k, v in seconds.items()})
+            if bar.disable:
+                print(f"{step}/{args.total_steps} updates, loss {means['train/total_loss']:.3f}, {speed:.0f} updates/s, "
+                      f"{left:.1f} min left", flush=True)  # fmt: skip
+            sums, logged_step, logged_seconds = {}, step, seconds["update"]
+        if step % args.eval_interval == 0 or last:
+            start = time.perf_counter()
+            scores = evaluate(state, model)
+            seconds["evaluation"] += time.perf_counter() - start
+            log.write(step, scores)
+            bar.write(f"{step} updates: return {scores['eval/return_mean']:.3f} +- {scores['eval/return_std']:.3f} in "
+                      f"{scores['eval/episodes']} episodes, normalised {scores['eval/normalized_score']:.3f}", file=sys.stdout)  # fmt: skip
+        if step % args.checkpoint_interval == 0 or last or stopped_by:
+            checkpoints.save(step, args=ocp.args.StandardSave(state))
+    bar.close()
+    checkpoints.close()  # waits until the last one is whole
+    log.close()
+    if stopped_by:
+        print(f"stopped after {step} updates; go on with --resume {run_dir}")
+        return 128 + stopped_by[0]
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse_args()))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
