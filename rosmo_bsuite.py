@@ -13,10 +13,7 @@ A the number of actions, N the steps of the dataset; h, g and f are representati
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,141 +24,75 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
-import tyro
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
-from data.dataset import Dataset, InputError, open_dataset
+from data.dataset import Dataset, InputError, check_fit, keep_fraction, open_dataset
 from data.record_bsuite import default_folder, make_environment, record
+from data.runs import Checkpoints, Log, Progress, catch_signals, flag, open_run, parse_args, run_program, use_devices
 
 # ---------------------------------------------------------------------------------------------------------------- Args
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    env_id: str = "catch"
-    """the task: catch, cartpole or mountain_car"""
-    seed: int = 0
-    """seed of the run; everything random in it follows from it"""
-    total_steps: int = 200_000
-    """updates to make"""
-    batch_size: int = 512
-    """windows per update"""
-    run_dir: Path | None = None
-    """folder to make for this run; by default runs/<env>__<script>__<seed>__<time>"""
-    resume: Path | None = None
-    """folder of a run to go on with; its settings are taken from there"""
-    checkpoint_interval: int = 10_000
-    """updates between checkpoints"""
+    env_id: str = "catch"  # the task: catch, cartpole or mountain_car
+    seed: int = 0  # everything random in the run follows from it
+    total_steps: int = 200_000  # updates to make
+    batch_size: int = 512  # windows per update
+    run_dir: Path | None = None  # folder to make for this run; by default runs/<env>__<script>__<seed>__<time>
+    resume: Path | None = None  # folder of a run to go on with; its settings are taken from there
+    checkpoint_interval: int = 10_000  # updates between checkpoints
 
-    data_dir: Path | None = None
-    """dataset folder; by default the task's place under datasets/bsuite/, recorded on first use if it is missing"""
-    data_fraction: float = 1.0
-    """fraction of the episodes to train on, evenly spaced over the dataset, chosen by seed"""
-    noise: float = 0.0
-    """probability with which the environment replaces the agent's action, in the data and in evaluation"""
+    data_dir: Path | None = None  # dataset folder; by default the task's under datasets/bsuite/, recorded if missing
+    data_fraction: float = 1.0  # fraction of the episodes to train on, evenly spaced over the dataset, chosen by seed
+    noise: float = 0.0  # probability that the environment replaces an action, in the data and in evaluation
 
-    unroll_steps: int = 3
-    """K, the steps that the model is unrolled"""
-    bootstrap_steps: int = 3
-    """n, the steps of the n-step return"""
-    discount: float = 0.997**4
-    """gamma"""
-    num_bins: int = 20
-    """bins of the reward and value distributions"""
-    dynamics_width: int = 32
-    """hidden units of the dynamics network"""
-    dynamics_gradient_scale: float = 0.5
-    """factor on the gradient into each next state"""
-    value_coef: float = 0.25
-    """weight of the value loss"""
-    policy_coef: float = 1.0
-    """weight of the policy loss"""
-    behavior_coef: float = 0.2
-    """weight of the advantage-filtered behaviour cloning; 0 is the one-step method without regularisation"""
-    sampling: bool = False
-    """sample num_simulations actions for the one-step target instead of looking at every action"""
-    num_simulations: int = 4
-    """actions sampled per state, with --sampling"""
-    learning_rate: float = 7e-4
-    """peak learning rate"""
-    warmup_steps: int = 1_000
-    """updates over which the learning rate rises linearly from 0"""
-    learning_rate_decay: float = 0.1
-    """factor on the learning rate every learning_rate_decay_steps"""
-    learning_rate_decay_steps: int = 100_000
-    """updates between two decays, counted from the end of the warm-up"""
-    weight_decay: float = 1e-4
-    """AdamW's decay, on kernels only"""
-    max_grad_norm: float = 5.0
-    """global norm to which gradients are clipped"""
-    target_update_interval: int = 200
-    """updates between copies of the parameters to the target parameters"""
+    unroll_steps: int = 3  # K, the steps that the model is unrolled
+    bootstrap_steps: int = 3  # n, the steps of the n-step return
+    discount: float = 0.997**4  # gamma
+    num_bins: int = 20  # bins of the reward and value distributions
+    dynamics_width: int = 32  # hidden units of the dynamics network
+    dynamics_gradient_scale: float = 0.5  # factor on the gradient into each next state
+    value_coef: float = 0.25  # weight of the value loss
+    policy_coef: float = 1.0  # weight of the policy loss
+    behavior_coef: float = 0.2  # weight of the filtered behaviour cloning; 0 is one-step without regularisation
+    sampling: bool = False  # sample num_simulations actions for the one-step target instead of trying every action
+    num_simulations: int = 4  # actions sampled per state, with --sampling
+    learning_rate: float = 7e-4  # peak learning rate
+    warmup_steps: int = 1_000  # updates over which the learning rate rises linearly from 0
+    learning_rate_decay: float = 0.1  # factor on the learning rate every learning_rate_decay_steps
+    learning_rate_decay_steps: int = 100_000  # updates between two decays, counted from the end of the warm-up
+    weight_decay: float = 1e-4  # AdamW's decay, on kernels only
+    max_grad_norm: float = 5.0  # global norm to which gradients are clipped
+    target_update_interval: int = 200  # updates between copies of the parameters to the target parameters
 
-    eval_interval: int = 5_000
-    """updates between evaluations"""
-    eval_episodes: int = 32
-    """episodes per evaluation"""
-    eval_envs: int = 32
-    """environments that play them side by side"""
-    eval_only: bool = False
-    """with --resume: score the last checkpoint, print the result and stop"""
+    eval_interval: int = 5_000  # updates between evaluations
+    eval_episodes: int = 32  # episodes per evaluation
+    eval_envs: int = 32  # environments that play them side by side
+    eval_only: bool = False  # with --resume: score the last checkpoint, print the result and stop
 
-    log_interval: int = 1_000
-    """updates between lines of metrics.jsonl"""
-    track: bool = False
-    """log to Weights & Biases too"""
-    wandb_project: str = "rosmo"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases entity (user or team)"""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """type that the networks compute in; parameters, targets and losses stay float32"""
-    updates_per_call: int = 50
-    """updates in one call of the compiled program; an interrupt waits for its end"""
+    log_interval: int = 1_000  # updates between lines of metrics.jsonl
+    track: bool = False  # log to Weights & Biases too
+    wandb_project: str = "rosmo"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases user or team
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks; parameters and losses stay float32
+    updates_per_call: int = 50  # updates in one call of the compiled program; an interrupt waits for its end
+    cpu_devices: int = 0  # without an accelerator, devices to split the batch over; 0 for as many as cores, at most 8
 
 
-# What --resume may change: all else would make another run of it.
-CHANGEABLE = {"total_steps", "resume", "run_dir", "data_dir", "checkpoint_interval", "eval_interval", "eval_episodes"}
-CHANGEABLE |= {"eval_envs", "eval_only", "log_interval", "track", "wandb_project", "wandb_entity", "updates_per_call"}
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line. Raises InputError for impossible values and for values that differ from the resumed run's."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume is not None:
-        try:
-            run = json.loads((args.resume / "args.json").read_text())
-            saved = {field.name: run["args"][field.name] for field in dataclasses.fields(Args)}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{args.resume} is not the folder of a run that can be resumed: {error!r}") from None
-        if run["script"] != Path(__file__).stem:
-            raise InputError(f"{args.resume} is a run of {run['script']}.py, not of {Path(__file__).name}")
-        saved |= {"data_dir": saved["data_dir"] and Path(saved["data_dir"]), "resume": args.resume}
-        args = dataclasses.replace(tyro.cli(Args, args=argv, default=Args(**saved)), run_dir=args.resume)
-        for name in sorted(saved.keys() - CHANGEABLE):
-            if getattr(args, name) != saved[name]:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"the checkpoint was made with {flag} {saved[name]}, not {getattr(args, name)}")
-    faults = {f"--{name.replace('_', '-')} must be positive": getattr(args, name) <= 0 for name in (
-        "total_steps", "batch_size", "checkpoint_interval", "unroll_steps", "bootstrap_steps", "dynamics_width",
-        "num_simulations", "learning_rate", "learning_rate_decay_steps", "max_grad_norm", "target_update_interval",
-        "eval_interval", "eval_episodes", "eval_envs", "log_interval", "updates_per_call",
-    )} | {
-        "--data-fraction must be above 0 and at most 1": not 0 < args.data_fraction <= 1,
-        "--noise must be from 0 to 1": not 0 <= args.noise <= 1,
-        "--discount must be from 0 to 1": not 0 <= args.discount <= 1,
-        "--num-bins must be at least 3": args.num_bins < 3,
-        "--warmup-steps must not be negative": args.warmup_steps < 0,
-        "--eval-only needs --resume RUN_DIR": args.eval_only and args.resume is None,
-        f"--batch-size must be a multiple of the {jax.device_count()} devices": args.batch_size % jax.device_count() != 0,
-    }  # fmt: skip
-    for fault, found in faults.items():
-        if found:
-            raise InputError(fault)
-    return args
+def check_args(args: Args) -> None:
+    """Raises InputError for values that make no sense."""
+    for name, value in dataclasses.asdict(args).items():
+        zero = name in ("cpu_devices", "seed", "noise", "warmup_steps") or name.endswith(("_coef", "_decay", "_scale"))
+        if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or (value == 0 and not zero)):
+            raise InputError(f"{flag(name)} must be {'at least' if zero else 'above'} 0, not {value}")
+        if name in ("data_fraction", "noise", "discount") and value > 1:
+            raise InputError(f"{flag(name)} must be at most 1, not {value}")
+    if args.num_bins < 3:
+        raise InputError(f"--num-bins must be at least 3, not {args.num_bins}")
+    if args.eval_only and args.resume is None:
+        raise InputError("--eval-only needs --resume RUN_DIR")
 
 
 # -------------------------------------------------------------------------------------------------- Dataset and sampler
@@ -190,36 +121,17 @@ def load_dataset(args: Args) -> Dataset:
     folder = args.data_dir or default_folder(args.env_id, args.noise)
     environment = make_environment(args.env_id, args.seed, args.noise)
     if args.data_dir is None and not folder.exists():
-        print(f"There is no dataset in {folder}: recording one now, all that a DQN sees while it learns {args.env_id}, as the\n"
-              "paper's was made. README.md says how to bring in the paper's own (data/convert_bsuite.py).", flush=True)  # fmt: skip
+        print(f"There is no dataset {folder}: recording all that a DQN sees while it learns {args.env_id}, as for the paper.\n"
+              "README.md says how to get the paper's own datasets.", flush=True)  # fmt: skip
         record(args.env_id, args.noise)
     data = open_dataset(folder)
-    task, num_actions, noise = data.meta["env_id"], data.meta["num_actions"], data.meta.get("noise", 0.0)
-    if (task, num_actions) != (args.env_id, environment.action_spec().num_values):
-        raise InputError(f"{folder} is a dataset of {task} with {num_actions} actions, not of {args.env_id}")
-    if noise != args.noise:
-        raise InputError(f"{folder} was recorded with noise {noise}, not {args.noise}: give --noise {noise}")
-    if data.observation.shape[1:] != environment.observation_spec().shape or data.observation.dtype != np.float32:
-        raise InputError(f"{folder} has observations of shape {data.observation.shape[1:]}, which are not {args.env_id}'s")
-    if args.data_fraction < 1:
-        kept = select_episodes(data.meta["episodes"], args.data_fraction, args.seed)
-        if len(kept) == 0:
-            raise InputError(f"--data-fraction {args.data_fraction} leaves none of the {data.meta['episodes']} episodes")
-        mask = np.isin(np.cumsum(data.is_first) - 1, kept)
-        data = Dataset(*(field[mask] for field in data[:-1]), meta=data.meta)
+    if data.meta.get("noise", 0.0) != args.noise:
+        raise InputError(f"{folder} has noise {data.meta.get('noise', 0.0)}, not {args.noise}: name it with --noise")
+    data = keep_fraction(data, args.data_fraction, args.seed) if args.data_fraction < 1 else data
     window = args.unroll_steps + args.bootstrap_steps + 1
-    longest = np.diff(np.flatnonzero(np.append(data.is_first, True))).max()
-    if longest < window:
-        raise InputError(f"windows of {window} steps are longer than every episode of the data (at most {longest} steps)")
-    if len(data.action) - window + 1 < args.batch_size:
-        raise InputError(f"--batch-size {args.batch_size} is more than the data's {len(data.action) - window + 1} windows")
+    shape, num_actions = environment.observation_spec().shape, environment.action_spec().num_values
+    check_fit(data, args.env_id, num_actions, shape, window, args.batch_size)
     return data
-
-
-def select_episodes(episodes: int, fraction: float, seed: int) -> np.ndarray:
-    """Indices of round(fraction * episodes) episodes, one drawn from each of as many equal stretches of the dataset."""
-    edges = np.linspace(0, episodes, round(fraction * episodes) + 1)
-    return np.floor(np.random.default_rng(seed).uniform(edges[:-1], edges[1:])).astype(int)
 
 
 def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
@@ -278,9 +190,6 @@ class Model(nn.Module):
         logits = self.heads(nn.relu(self.torso(state))).astype(jnp.float32)
         return Prediction(*jnp.split(logits, (self.num_actions, self.num_actions + self.args.num_bins), axis=-1))
 
-    def __call__(self, observation: jax.Array, action: jax.Array) -> Prediction:
-        return self.prediction(self.dynamics(self.representation(observation), action))
-
 
 # ----------------------------------------------------------------------------------------------------- Value transforms
 
@@ -326,11 +235,6 @@ def one_step_advantage(params: Any, state: jax.Array, value: jax.Array, action: 
     return to_scalar(after.reward_logits) + model.args.discount * to_scalar(after.value_logits) - value[..., None]
 
 
-def one_step_target(prior_logits: jax.Array, advantage: jax.Array) -> jax.Array:
-    """p(a) = prior(a) exp(adv_g(s, a)) / Z over all actions; all arrays are [..., A]."""
-    return jax.nn.softmax(prior_logits + advantage)
-
-
 def sampled_one_step_target(action: jax.Array, advantage: jax.Array, num_actions: int) -> jax.Array:
     """The target from N actions drawn from the prior (Muesli, Hessel et al. 2021): [..., N], [..., N] to [..., A].
 
@@ -342,7 +246,7 @@ def sampled_one_step_target(action: jax.Array, advantage: jax.Array, num_actions
 
 
 def improve_policy(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, model: Model) -> jax.Array:
-    """The improved policy [..., A] at states [..., S] with their prediction."""
+    """The improved policy [..., A] at states [..., S] with their prediction: p(a) = prior(a) exp(adv_g(s, a)) / Z."""
     logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)
     if model.args.sampling:
         draws = (model.args.num_simulations, *value.shape)
@@ -350,7 +254,7 @@ def improve_policy(params: Any, key: jax.Array, state: jax.Array, prediction: Pr
         advantage = one_step_advantage(params, state, value, action, model)
         return sampled_one_step_target(action, advantage, model.num_actions)
     action = jnp.broadcast_to(jnp.arange(model.num_actions), logits.shape)  # [..., A]
-    return one_step_target(logits, one_step_advantage(params, state, value, action, model))
+    return jax.nn.softmax(logits + one_step_advantage(params, state, value, action, model))
 
 
 # ----------------------------------------------------------------------------------------------------------------- Loss
@@ -443,13 +347,9 @@ def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax
         "value_target": targets.value.mean(),
         "behavior_fraction": targets.behavior.mean(),
     }
-    metrics["total_loss"] = (
-        metrics["reward_loss"]
-        + args.value_coef * metrics["value_loss"]
-        + args.policy_coef * metrics["policy_loss"]
-        + args.behavior_coef * metrics["behavior_loss"]
-    )
-    return metrics["total_loss"], metrics
+    total = metrics["reward_loss"] + args.value_coef * metrics["value_loss"]
+    total += args.policy_coef * metrics["policy_loss"] + args.behavior_coef * metrics["behavior_loss"]
+    return total, metrics | {"total_loss": total}
 
 
 # ---------------------------------------------------------------------------------------------------------- Update step
@@ -466,25 +366,18 @@ class TrainState(NamedTuple):
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW: warm-up to the peak, staircase decay, weight decay on kernels only."""
     schedule = optax.warmup_exponential_decay_schedule(
-        init_value=0.0,
-        peak_value=args.learning_rate,
-        warmup_steps=args.warmup_steps,
-        transition_steps=args.learning_rate_decay_steps,
-        decay_rate=args.learning_rate_decay,
-        staircase=True,
+        0.0, args.learning_rate, args.warmup_steps, args.learning_rate_decay_steps, args.learning_rate_decay, staircase=True
     )
-
-    def is_kernel(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
-    adamw = optax.adamw(schedule, weight_decay=args.weight_decay, mask=is_kernel)
+    kernels = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
+    adamw = optax.adamw(schedule, weight_decay=args.weight_decay, mask=kernels)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adamw)
 
 
 def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
     """The state before the first update."""
     init_key, key = jax.random.split(jax.random.PRNGKey(model.args.seed))
-    params = model.init(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros((1,), jnp.int32))
+    init = nn.init(lambda net, *x: net.prediction(net.dynamics(net.representation(x[0]), x[1])), model)
+    params = init(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros(1, jnp.int32))
     optimizer_state = make_optimizer(model.args).init(params)
     state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
     return jax.device_put(state, sharding())
@@ -494,16 +387,15 @@ def update(
     state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update on one batch of windows [B, T] with their labels [B, T]."""
+    share, whole = sharding("batch"), sharding()
+    specs = {"in_specs": (whole.spec, share.spec, share.spec), "out_specs": whole.spec}
 
+    @functools.partial(jax.shard_map, mesh=share.mesh, check_vma=False, **specs)
     def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict[str, jax.Array]]:
         """Each device takes its share of the batch; gradient and metrics are averaged in a single exchange."""
         flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
         return unravel(jax.lax.pmean(flat, "batch"))
 
-    share, whole = sharding("batch"), sharding()
-    mean_gradient = jax.shard_map(
-        mean_gradient, mesh=share.mesh, in_specs=(whole.spec, share.spec, share.spec), out_specs=whole.spec, check_vma=False
-    )
     gradient, metrics = mean_gradient(state.params, batch, make_targets(key, batch, labels, model.args))
     updates, optimizer_state = make_optimizer(model.args).update(gradient, state.optimizer_state, state.params)
     params, step = optax.apply_updates(state.params, updates), state.step + 1
@@ -523,10 +415,13 @@ def label_dataset(state: TrainState, observation: jax.Array, model: Model) -> La
     chunks = jnp.resize(observation, (num_chunks, size, *observation.shape[1:]))
     key = jax.random.fold_in(state.key, -1 - state.step // model.args.target_update_interval)
     share, whole = sharding("batch"), sharding()
-    labels = jax.shard_map(
-        lambda params, *chunks: jax.lax.map(lambda chunk: make_labels(params, *chunk, model), chunks),
-        mesh=share.mesh, in_specs=(whole.spec, share.spec, share.spec), out_specs=share.spec, check_vma=False,
-    )(state.target_params, jax.random.split(key, num_chunks), chunks)  # fmt: skip
+    specs = {"in_specs": (whole.spec, share.spec, share.spec), "out_specs": share.spec}
+
+    @functools.partial(jax.shard_map, mesh=share.mesh, check_vma=False, **specs)
+    def label_chunks(target_params: Any, keys: jax.Array, chunks: jax.Array) -> Labels:
+        return jax.lax.map(lambda chunk: make_labels(target_params, *chunk, model), (keys, chunks))
+
+    labels = label_chunks(state.target_params, jax.random.split(key, num_chunks), chunks)
     labels = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], labels)
     return jax.lax.with_sharding_constraint(labels, whole)
 
@@ -575,7 +470,7 @@ def evaluate(state: TrainState, model: Model) -> dict[str, float]:
     """
     args, step = model.args, int(state.step)
     num_envs = min(args.eval_envs, args.eval_episodes)
-    episodes_left = np.full(num_envs, args.eval_episodes // num_envs) + (np.arange(num_envs) < args.eval_episodes % num_envs)
+    episodes_left = args.eval_episodes // num_envs + (np.arange(num_envs) < args.eval_episodes % num_envs)
     seeds = np.random.SeedSequence([args.seed, step]).generate_state(num_envs + 1).tolist()
     environments = [make_environment(args.env_id, seed, args.noise) for seed in seeds[1:]]
     params, key = jax.device_put((state.params, jax.random.PRNGKey(seeds[0])), jax.devices()[0])
@@ -595,88 +490,12 @@ def evaluate(state: TrainState, model: Model) -> dict[str, float]:
                 episodes_left[i] -= 1
                 timesteps[i] = environments[i].reset()
     random_play, online_dqn = REFERENCE_RETURNS[args.env_id]
-    return {
-        "eval/return_mean": float(np.mean(returns)),
-        "eval/return_std": float(np.std(returns)),
-        "eval/return_min": float(np.min(returns)),
-        "eval/return_max": float(np.max(returns)),
+    statistics = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
+    return {f"eval/return_{name}": float(statistic(returns)) for name, statistic in statistics.items()} | {
         "eval/length_mean": float(np.mean(lengths)),
         "eval/normalized_score": float((np.mean(returns) - random_play) / (online_dqn - random_play)),
         "eval/episodes": len(returns),
     }
-
-
-# ---------------------------------------------------------------------------------------------- Checkpoints and logging
-
-
-def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
-    """Checkpoints appear whole or not at all; the last two are kept."""
-    return ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
-
-
-def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """The last checkpoint, in the shapes and places of `state`. Raises InputError if there is none or it does not fit."""
-    step = checkpoints.latest_step()
-    if step is None:
-        raise InputError(f"{checkpoints.directory} holds no checkpoint")
-    try:
-        return checkpoints.restore(step, args=ocp.args.StandardRestore(state))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"the checkpoint {checkpoints.directory / str(step)} cannot be read: {reason}") from None
-
-
-def open_run(args: Args, dataset_meta: dict[str, Any]) -> Path:
-    """Makes the run's folder with its args.json, or checks that of a resumed run."""
-    script = Path(__file__).stem
-    if args.resume is not None:
-        if json.loads((args.resume / "args.json").read_text())["dataset"] != dataset_meta:
-            raise InputError(f"the dataset is not the one that {args.resume} was trained on")
-        return args.resume
-    run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    if run_dir.exists():
-        raise InputError(f"{run_dir} exists already: name another --run-dir, or go on with it by --resume {run_dir}")
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bsuite")
-    settings = {
-        "script": script,
-        "args": dataclasses.asdict(args),
-        "dataset": dataset_meta,
-        "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": git.stdout.strip() or None,
-        "devices": [device.device_kind for device in jax.devices()],
-    }
-    run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
-    return run_dir
-
-
-class Log:
-    """Appends metrics to metrics.jsonl and, with --track, to Weights & Biases."""
-
-    def __init__(self, run_dir: Path, step: int, args: Args):
-        """Drops the lines after `step`: a killed run wrote them after its last checkpoint, and they come again."""
-        path, new = run_dir / "metrics.jsonl", run_dir / "metrics.jsonl.new"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        new.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-        new.rename(path)
-        self.file, self.tracker = path.open("a"), None
-        if args.track:
-            import wandb
-
-            settings = {"project": args.wandb_project, "entity": args.wandb_entity, "config": dataclasses.asdict(args)}
-            self.tracker = wandb.init(**settings, dir=run_dir, name=run_dir.name, id=run_dir.name, resume="allow")
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-        if self.tracker is not None:
-            self.tracker.log(metrics, step=step)
-
-    def close(self) -> None:
-        self.file.close()
-        if self.tracker is not None:
-            self.tracker.finish()
 
 
 # ----------------------------------------------------------------------------------------------------------------- Main
@@ -684,33 +503,30 @@ class Log:
 
 def main(args: Args) -> int:
     """Trains, or with --eval-only evaluates, and returns the exit code."""
+    check_args(args)
     environment = make_environment(args.env_id, args.seed, args.noise)
+    use_devices(args.batch_size, args.cpu_devices)
     model = Model(environment.action_spec().num_values, args)
     state = init_state(environment.observation_spec().shape, model)
     if args.eval_only:
-        with open_checkpoints(args.run_dir) as checkpoints:
-            state = restore(checkpoints, state)
+        state = Checkpoints(args.run_dir).restore(state)
         print(json.dumps({"step": int(state.step), **evaluate(state, model)}))
         return 0
-
     dataset = load_dataset(args)
     data = jax.device_put(Steps(*(getattr(dataset, field) for field in Steps._fields)), sharding())
-    run_dir = open_run(args, dataset.meta)
-    checkpoints = open_checkpoints(run_dir)
-    state = restore(checkpoints, state) if args.resume else state
-    step = first_step = int(state.step)
+    run_dir = open_run(args, Path(__file__), dataset.meta)
+    checkpoints = Checkpoints(run_dir)
+    state = checkpoints.restore(state) if args.resume else state
+    step = int(state.step)
     log = Log(run_dir, step, args)
-    print(f"{run_dir}: {len(data.action)} steps, {dataset.is_first.sum()} episodes; all episodes' mean return "
-          f"{dataset.meta['return_mean']:.3f}; on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)  # fmt: skip
+    print(f"{run_dir}: {dataset.is_first.sum()} episodes, {len(data.action)} steps, mean return of the whole dataset "
+          f"{dataset.meta['return_mean']:.3f}; {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)  # fmt: skip
+
     start = time.perf_counter()
     labels = label_dataset(state, data.observation, model)
     compiled_updates = update_many.lower(state, np.int32(0), data, labels, model).compile()
     seconds = {"compile": time.perf_counter() - start, "update": 0.0, "evaluation": 0.0}
-    stopped_by: list[int] = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: stopped_by.append(signum))
-
-    bar = tqdm(total=args.total_steps, initial=step, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    stopped_by, progress = catch_signals(), Progress(step, args.total_steps)
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
     sums: dict[str, float] = {}
     logged_step, logged_seconds = step, 0.0
@@ -720,38 +536,30 @@ def main(args: Args) -> int:
             labels = label_dataset(state, data.observation, model)
         count = min(args.updates_per_call, args.total_steps - step, *(every - step % every for every in intervals))
         state, metrics = compiled_updates(state, np.int32(count), data, labels)
-        sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}  # waits for the device
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}  # waits for the devices
         seconds["update"] += time.perf_counter() - start
         if not np.isfinite([sums["total_loss"], sums["grad_norm"]]).all():
-            sys.exit(f"the loss or its gradient is not finite after {step} updates; the last checkpoint in {run_dir} is good")
+            checkpoints.close()
+            sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
         step += count
         means = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
-        left = (args.total_steps - step) * seconds["update"] / (step - first_step) / 60
-        if step - first_step == count and jax.default_backend() == "cpu":
-            bar.write(f"No accelerator: an update takes {1000 * seconds['update'] / count:.1f} ms here, all of them about "
-                      f"{left:.0f} min. --total-steps 5000 is a size that suits a CPU.", file=sys.stdout)  # fmt: skip
-        bar.set_postfix(loss=f"{means['train/total_loss']:.3f}", refresh=False)
-        bar.update(count)
-        last = step == args.total_steps
-        if step % args.log_interval == 0 or last:
-            speed = (step - logged_step) / (seconds["update"] - logged_seconds)
-            log.write(step, means | {"train/updates_per_second": speed} | {f"time/{k}": v for k, v in seconds.items()})
-            if bar.disable:
-                print(f"{step}/{args.total_steps} updates, loss {means['train/total_loss']:.3f}, {speed:.0f} updates/s, "
-                      f"{left:.1f} min left", flush=True)  # fmt: skip
+        is_last = step == args.total_steps
+        if is_log := step % args.log_interval == 0 or is_last:
+            means["train/updates_per_second"] = (step - logged_step) / (seconds["update"] - logged_seconds)
+            log.write(step, means | {f"time/{name}": value for name, value in seconds.items()})
             sums, logged_step, logged_seconds = {}, step, seconds["update"]
-        if step % args.eval_interval == 0 or last:
+        progress.update(step, means["train/total_loss"], seconds["update"], is_log)
+        if step % args.eval_interval == 0 or is_last:
             start = time.perf_counter()
             scores = evaluate(state, model)
             seconds["evaluation"] += time.perf_counter() - start
             log.write(step, scores)
-            bar.write(f"{step} updates: return {scores['eval/return_mean']:.3f} +- {scores['eval/return_std']:.3f} in "
-                      f"{scores['eval/episodes']} episodes, normalised {scores['eval/normalized_score']:.3f}", file=sys.stdout)  # fmt: skip
-        if step % args.checkpoint_interval == 0 or last or stopped_by:
-            checkpoints.save(step, args=ocp.args.StandardSave(state))
-    bar.close()
-    checkpoints.close()  # waits until the last one is whole
+            progress.print_scores(step, scores)
+        if step % args.checkpoint_interval == 0 or is_last or stopped_by:
+            checkpoints.save(step, state)
+    progress.close()
     log.close()
+    checkpoints.close()
     if stopped_by:
         print(f"stopped after {step} updates; go on with --resume {run_dir}")
         return 128 + stopped_by[0]
@@ -759,8 +567,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(parse_args()))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(lambda: main(parse_args(Args, Path(__file__), __doc__)))

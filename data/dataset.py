@@ -229,3 +229,32 @@ def open_dataset(path: Path) -> Dataset:
         if found:
             raise InputError(f"{path} is damaged: {fault}")
     return data
+
+
+def check_fit(data: Dataset, env_id: str, num_actions: int, shape: tuple[int, ...], window: int, batch_size: int) -> None:
+    """Raises InputError unless the data are of this environment and have enough windows of `window` steps for a batch."""
+    found = (data.meta["env_id"], data.meta["num_actions"], data.observation.shape[1:])
+    if found != (env_id, num_actions, shape):
+        raise InputError(
+            f"the dataset is of {found[0]} ({found[1]} actions, observations {found[2]}), "
+            f"not of {env_id} ({num_actions} actions, observations {shape})"
+        )
+    longest = np.diff(np.flatnonzero(np.append(data.is_first, True))).max()
+    if longest < window:
+        raise InputError(f"windows of {window} steps are longer than every episode of the data (at most {longest} steps)")
+    if len(data.action) - window + 1 < batch_size:
+        raise InputError(f"--batch-size {batch_size} is more than the {len(data.action) - window + 1} windows of the data")
+
+
+def keep_fraction(data: Dataset, fraction: float, seed: int) -> Dataset:
+    """Keeps round(fraction * episodes) episodes, one drawn by seed from each of as many equal stretches of the dataset.
+
+    Raises InputError if none is left.
+    """
+    episodes = int(data.is_first.sum())
+    edges = np.linspace(0, episodes, round(fraction * episodes) + 1)
+    if len(edges) == 1:
+        raise InputError(f"a fraction of {fraction} leaves none of the {episodes} episodes")
+    kept = np.floor(np.random.default_rng(seed).uniform(edges[:-1], edges[1:])).astype(int)
+    mask = np.isin(np.cumsum(data.is_first) - 1, kept)
+    return Dataset(*(field[mask] for field in data[:-1]), meta=data.meta)

@@ -8,14 +8,13 @@ import numpy as np
 
 FOLDER = Path(__file__).parent / "golden"
 
-# BSuite: the authors' module and layer -> this repository's module path. Their names number the layers as they were made.
-BSUITE_NAMES = {
-    **{f"representation|mlp/~/linear_{i}": ("encoder", f"Dense_{i}") for i in range(3)},
-    **{f"transition|mlp/~/linear_{i}": ("transition", f"Dense_{i}") for i in range(2)},
-    "prediction|mlp/~/linear_0": ("torso",),
-    "prediction|mlp_1/~/linear_0": ("policy_head",),
-    "prediction|mlp_2/~/linear_0": ("value_head",),
-    "prediction|mlp_3/~/linear_0": ("reward_head",),
+# BSuite: the authors' names number the layers in the order they were made. Our three heads are one layer, so their
+# arrays are joined: policy, reward, value.
+BSUITE_LAYERS = {
+    **{("encoder", f"Dense_{i}"): [f"representation|mlp/~/linear_{i}"] for i in range(3)},
+    **{("transition", f"Dense_{i}"): [f"transition|mlp/~/linear_{i}"] for i in range(2)},
+    ("torso",): ["prediction|mlp/~/linear_0"],
+    ("heads",): [f"prediction|mlp_{i}/~/linear_0" for i in (1, 3, 2)],
 }
 LEAVES = {"w": "kernel", "b": "bias"}
 
@@ -26,13 +25,13 @@ def load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, ast.literal_eval(str(arrays.pop("config", "{}")))
 
 
-def parameters(arrays: dict[str, np.ndarray], which: str, names: dict[str, tuple[str, ...]] = BSUITE_NAMES) -> dict:
-    """params0, target0 or params6 as a Flax variable tree."""
-    tree: dict = {"params": {}}
-    for name, path in names.items():
+def parameters(arrays: dict[str, np.ndarray], which: str) -> dict[str, Any]:
+    """params0, target0 or params6 as the variables of a BSuite model."""
+    tree: dict[str, Any] = {"params": {}}
+    for path, names in BSUITE_LAYERS.items():
         node = tree["params"]
         for part in path:
             node = node.setdefault(part, {})
         for theirs, ours in LEAVES.items():
-            node[ours] = arrays[f"{which}|{name}|{theirs}"]
+            node[ours] = np.concatenate([arrays[f"{which}|{name}|{theirs}"] for name in names], axis=-1)
     return tree

@@ -1,0 +1,225 @@
+"""The folder of a run: its settings, its metrics and its checkpoints, the same for all four scripts.
+
+    args.json         every setting, the dataset's meta.json, versions of the packages, git commit, devices
+    metrics.jsonl     one JSON object a line: {"step": ..., "train/total_loss": ..., ...}
+    checkpoints/      Orbax; whole or absent, the last two are kept
+"""
+
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+import tyro
+from tqdm import tqdm
+
+from data.dataset import InputError
+
+ArgsT = TypeVar("ArgsT")
+State = TypeVar("State")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bsuite")
+# Settings that --resume may change: to change any other would make another run of it.
+CHANGEABLE = {
+    *("total_steps", "resume", "run_dir", "data_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "eval_envs"),
+    *("eval_only", "log_interval", "track", "wandb_project", "wandb_entity", "updates_per_call", "cpu_devices"),
+}
+
+
+def flag(name: str) -> str:
+    """A setting's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_args(args_type: type[ArgsT], script: Path, description: str | None, argv: list[str] | None = None) -> ArgsT:
+    """Reads the command line; with --resume, what it does not name is as in the resumed run, and run_dir is its folder.
+
+    Raises InputError if that is no run of this script, or was made with other settings than the command line names.
+    """
+    args: Any = tyro.cli(args_type, args=argv, description=description)
+    if args.resume is None:
+        return args
+    try:
+        run = json.loads((args.resume / "args.json").read_text())
+        saved = {field.name: run["args"][field.name] for field in dataclasses.fields(args_type)}  # type: ignore[arg-type]
+        script_of_run = run["script"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{args.resume} is not the folder of a run that can be resumed: {error!r}") from None
+    if script_of_run != script.stem:
+        raise InputError(f"{args.resume} is a run of {script_of_run}.py, not of {script.name}")
+    saved |= {"data_dir": saved["data_dir"] and Path(saved["data_dir"]), "resume": args.resume, "run_dir": args.resume}
+    saved |= {"eval_only": False}
+    args = tyro.cli(args_type, args=argv, description=description, default=args_type(**saved))
+    for name in sorted(saved.keys() - CHANGEABLE):
+        if getattr(args, name) != saved[name]:
+            raise InputError(f"the checkpoint was made with {flag(name)} {saved[name]}, not {getattr(args, name)}")
+    return dataclasses.replace(args, run_dir=args.resume)
+
+
+def open_run(args: Any, script: Path, dataset_meta: dict[str, Any]) -> Path:
+    """Makes the run's folder with its args.json, or returns that of a resumed run.
+
+    Raises InputError if the folder exists, or if a resumed run was trained on another dataset.
+    """
+    if args.resume is not None:
+        if json.loads((args.resume / "args.json").read_text())["dataset"] != dataset_meta:
+            raise InputError(f"the dataset is not the one that {args.resume} was trained on")
+        return args.resume
+    name = f"{args.env_id}__{script.stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = args.run_dir or Path("runs") / name
+    if run_dir.exists():
+        raise InputError(f"{run_dir} exists already: name another --run-dir, or go on with it by --resume {run_dir}")
+    git = subprocess.run(["git", "-C", script.parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    settings = {
+        "script": script.stem,
+        "args": dataclasses.asdict(args),
+        "dataset": dataset_meta,
+        "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": git.stdout.strip() or None,
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    return run_dir
+
+
+class Checkpoints:
+    """The checkpoints of a run. save() writes in the background; a checkpoint appears whole or not at all."""
+
+    def __init__(self, run_dir: Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self._manager = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        if self._manager.latest_step() != step:
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, like: State) -> State:
+        """The last checkpoint, in the shapes and places of `like`. Raises InputError if there is none or it is damaged."""
+        step = self._manager.latest_step()
+        if step is None:
+            raise InputError(f"{self._manager.directory} holds no checkpoint")
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"the checkpoint {self._manager.directory / str(step)} cannot be read: {reason}") from None
+
+    def close(self) -> None:
+        """Waits until the last checkpoint is whole."""
+        self._manager.close()
+
+
+class Log:
+    """Appends to metrics.jsonl and, with --track, to Weights & Biases."""
+
+    def __init__(self, run_dir: Path, step: int, args: Any):
+        """Drops the lines after `step`: a killed run wrote them after its last checkpoint, and they come again."""
+        path, new = run_dir / "metrics.jsonl", run_dir / "metrics.jsonl.new"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        new.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        new.rename(path)
+        self._file = path.open("a")
+        self._tracker = None
+        if args.track:
+            import wandb
+
+            settings = {"project": args.wandb_project, "entity": args.wandb_entity, "config": dataclasses.asdict(args)}
+            self._tracker = wandb.init(**settings, dir=run_dir, name=run_dir.name, id=run_dir.name, resume="allow")
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._tracker is not None:
+            self._tracker.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+class Progress:
+    """A progress bar where stderr is a terminal, plain lines on stdout elsewhere."""
+
+    def __init__(self, step: int, total_steps: int):
+        self._step, self._first_step, self._total_steps = step, step, total_steps
+        self._bar = tqdm(
+            initial=step, total=total_steps, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+
+    def update(self, step: int, loss: float, seconds: float, log: bool) -> None:
+        """Shows the step, the loss and the time left; seconds: since the start. Plain lines come only with `log`."""
+        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self._bar.update(step - self._step)
+        cost = seconds / (step - self._first_step)
+        left = f"{(self._total_steps - step) * cost / 60:.1f} min left"
+        if self._step == self._first_step and jax.default_backend() == "cpu":
+            self.print(f"no accelerator: an update takes {1000 * cost:.1f} ms here, {left}; --total-steps makes fewer")
+        if log and self._bar.disable:
+            self.print(f"{step}/{self._total_steps} updates, loss {loss:.3f}, {1 / cost:.1f} updates/s, {left}")
+        self._step = step
+
+    def print(self, line: str) -> None:
+        self._bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def print_scores(self, step: int, scores: dict[str, float]) -> None:
+        self.print(
+            f"{step} updates: return {scores['eval/return_mean']:.3f} +- {scores['eval/return_std']:.3f} in "
+            f"{scores['eval/episodes']} episodes, normalised {scores['eval/normalized_score']:.3f}"
+        )
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def use_devices(batch_size: int, cpu_devices: int) -> None:
+    """Splits a machine without an accelerator into several devices, so that all its cores work on a batch.
+
+    cpu_devices: how many; 0 for as many as cores, at most 8 and a divisor of batch_size. Call it before JAX computes
+    anything. Raises InputError if the batch cannot be shared by the devices.
+    """
+    if cpu_devices == 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cpu_devices = max(n for n in range(1, min(cores, 8) + 1) if batch_size % n == 0)
+    with suppress(RuntimeError):  # JAX has started already
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if batch_size % jax.device_count() != 0:
+        raise InputError(f"--batch-size {batch_size} cannot be shared by {jax.device_count()} devices")
+
+
+def catch_signals() -> list[int]:
+    """From now on SIGINT and SIGTERM do not end the program but are appended to the list that this returns."""
+    caught: list[int] = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: caught.append(signum))
+    return caught
+
+
+def run_program(program: Callable[[], int]) -> None:
+    """Runs a program to its exit code; what its user can put right becomes one sentence and exit code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        sys.exit(program())
+    except InputError as error:
+        sentence = str(error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full and "No space left on device" not in str(error):
+            raise
+        sentence = "the disk is full; what was whole before is still there"
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
