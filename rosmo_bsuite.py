@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data.dataset import Dataset, InputError, check_fit, keep_fraction, open_dataset
 from data.record_bsuite import default_folder, make_environment, record
-from data.runs import Checkpoints, Log, Progress, catch_signals, flag, open_run, parse_args, run_program, use_devices
+from data.runs import Checkpoints, Log, Progress, catch_signals, open_run, parse_args, run_program, use_devices
 
 # ---------------------------------------------------------------------------------------------------------------- Args
 
@@ -81,22 +81,9 @@ class Args:
     cpu_devices: int = 0  # without an accelerator, devices to split the batch over; 0 for as many as cores, at most 8
 
 
-def check_args(args: Args) -> None:
-    """Raises InputError for values that make no sense."""
-    for name, value in dataclasses.asdict(args).items():
-        zero = name in ("cpu_devices", "seed", "noise", "warmup_steps") or name.endswith(("_coef", "_decay", "_scale"))
-        if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or (value == 0 and not zero)):
-            raise InputError(f"{flag(name)} must be {'at least' if zero else 'above'} 0, not {value}")
-        if name in ("data_fraction", "noise", "discount") and value > 1:
-            raise InputError(f"{flag(name)} must be at most 1, not {value}")
-    if args.num_bins < 3:
-        raise InputError(f"--num-bins must be at least 3, not {args.num_bins}")
-    if args.eval_only and args.resume is None:
-        raise InputError("--eval-only needs --resume RUN_DIR")
-
-
 # -------------------------------------------------------------------------------------------------- Dataset and sampler
 
+Metrics = dict[str, jax.Array]
 
 class Steps(NamedTuple):
     """Steps in time order: the whole dataset with leading axis [N], or a batch of windows with leading axes [B, T]."""
@@ -121,8 +108,8 @@ def load_dataset(args: Args) -> Dataset:
     folder = args.data_dir or default_folder(args.env_id, args.noise)
     environment = make_environment(args.env_id, args.seed, args.noise)
     if args.data_dir is None and not folder.exists():
-        print(f"There is no dataset {folder}: recording all that a DQN sees while it learns {args.env_id}, as for the paper.\n"
-              "README.md says how to get the paper's own datasets.", flush=True)  # fmt: skip
+        print(f"There is no dataset {folder}: recording all that a DQN sees while it learns {args.env_id}, as was done")
+        print("for the paper. README.md says how to bring in the paper's own datasets.", flush=True)
         record(args.env_id, args.noise)
     data = open_dataset(folder)
     if data.meta.get("noise", 0.0) != args.noise:
@@ -325,7 +312,7 @@ def scale_gradient(x: jax.Array, scale: float) -> jax.Array:
     return scale * x + jax.lax.stop_gradient((1 - scale) * x)
 
 
-def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax.Array, Metrics]:
     """The training loss, a mean over steps and windows, and the metrics to log."""
     args, net = model.args, model.bind(params)
     states = [net.representation(batch.observation[:, 0])]  # of the online encodings only o_0's is used
@@ -383,15 +370,13 @@ def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
     return jax.device_put(state, sharding())
 
 
-def update(
-    state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model
-) -> tuple[TrainState, dict[str, jax.Array]]:
+def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, Metrics]:
     """One update on one batch of windows [B, T] with their labels [B, T]."""
     share, whole = sharding("batch"), sharding()
     specs = {"in_specs": (whole.spec, share.spec, share.spec), "out_specs": whole.spec}
 
     @functools.partial(jax.shard_map, mesh=share.mesh, check_vma=False, **specs)
-    def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict[str, jax.Array]]:
+    def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, Metrics]:
         """Each device takes its share of the batch; gradient and metrics are averaged in a single exchange."""
         flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
         return unravel(jax.lax.pmean(flat, "batch"))
@@ -429,16 +414,16 @@ def label_dataset(state: TrainState, observation: jax.Array, model: Model) -> La
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def update_many(
     state: TrainState, count: jax.Array, data: Steps, labels: Labels, model: Model
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, Metrics]:
     """Makes `count` updates in one compiled loop and sums their metrics. data and labels are the whole dataset's, [N]."""
 
-    def next_update(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+    def next_update(state: TrainState) -> tuple[TrainState, Metrics]:
         sample_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         index = sample_windows(sample_key, len(data.action), model.args)
         batch, batch_labels = jax.tree.map(lambda x: x[index], (data, labels))
         return update(state, update_key, batch, batch_labels, model)
 
-    def body(_: jax.Array, carry: tuple[TrainState, dict[str, jax.Array]]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def body(_: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, metrics = next_update(carry[0])
         return state, jax.tree.map(jnp.add, carry[1], metrics)
 
@@ -503,7 +488,6 @@ def evaluate(state: TrainState, model: Model) -> dict[str, float]:
 
 def main(args: Args) -> int:
     """Trains, or with --eval-only evaluates, and returns the exit code."""
-    check_args(args)
     environment = make_environment(args.env_id, args.seed, args.noise)
     use_devices(args.batch_size, args.cpu_devices)
     model = Model(environment.action_spec().num_values, args)
@@ -519,9 +503,8 @@ def main(args: Args) -> int:
     state = checkpoints.restore(state) if args.resume else state
     step = int(state.step)
     log = Log(run_dir, step, args)
-    print(f"{run_dir}: {dataset.is_first.sum()} episodes, {len(data.action)} steps, mean return of the whole dataset "
-          f"{dataset.meta['return_mean']:.3f}; {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)  # fmt: skip
-
+    print(f"{run_dir}: training on {dataset.is_first.sum()} episodes of {len(data.action)} steps, "
+          f"on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)  # fmt: skip
     start = time.perf_counter()
     labels = label_dataset(state, data.observation, model)
     compiled_updates = update_many.lower(state, np.int32(0), data, labels, model).compile()
@@ -543,19 +526,19 @@ def main(args: Args) -> int:
             sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
         step += count
         means = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
-        is_last = step == args.total_steps
-        if is_log := step % args.log_interval == 0 or is_last:
+        done = step == args.total_steps
+        if is_log := step % args.log_interval == 0 or done:
             means["train/updates_per_second"] = (step - logged_step) / (seconds["update"] - logged_seconds)
             log.write(step, means | {f"time/{name}": value for name, value in seconds.items()})
             sums, logged_step, logged_seconds = {}, step, seconds["update"]
         progress.update(step, means["train/total_loss"], seconds["update"], is_log)
-        if step % args.eval_interval == 0 or is_last:
+        if step % args.eval_interval == 0 or done:
             start = time.perf_counter()
             scores = evaluate(state, model)
             seconds["evaluation"] += time.perf_counter() - start
             log.write(step, scores)
             progress.print_scores(step, scores)
-        if step % args.checkpoint_interval == 0 or is_last or stopped_by:
+        if step % args.checkpoint_interval == 0 or done or stopped_by:
             checkpoints.save(step, state)
     progress.close()
     log.close()

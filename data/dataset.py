@@ -107,6 +107,15 @@ class DatasetWriter:
             file.flush()
             os.fsync(file.fileno())
 
+    def summary(self, path: Path) -> str:
+        """One line on what was written."""
+        tenth = max(1, len(self.returns) // 10)
+        first, last = np.mean(self.returns[:tenth]), np.mean(self.returns[-tenth:])
+        return (
+            f"{path}: {len(self.returns)} episodes, {self.steps} steps, mean return {np.mean(self.returns):.3f} "
+            f"(first tenth {first:.3f}, last tenth {last:.3f})"
+        )
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
@@ -216,7 +225,7 @@ def open_dataset(path: Path) -> Dataset:
         "is_first.npy does not mark as many episodes as meta.json says": data.is_first.sum() != expected["episodes"],
         "is_terminal.npy marks a step that is not an episode's last": bool(np.any(data.is_terminal & ~data.is_last)),
         f"action.npy holds an action outside 0 to {expected['num_actions'] - 1}": not (
-            0 <= data.action.min() and data.action.max() < expected["num_actions"]
+            data.action.min() >= 0 and data.action.max() < expected["num_actions"]
         ),
         "action.npy or reward.npy is not 0 at an episode's last step": bool(
             np.any(data.action[data.is_last]) or np.any(data.reward[data.is_last])
@@ -257,4 +266,4 @@ def keep_fraction(data: Dataset, fraction: float, seed: int) -> Dataset:
         raise InputError(f"a fraction of {fraction} leaves none of the {episodes} episodes")
     kept = np.floor(np.random.default_rng(seed).uniform(edges[:-1], edges[1:])).astype(int)
     mask = np.isin(np.cumsum(data.is_first) - 1, kept)
-    return Dataset(*(field[mask] for field in data[:-1]), meta=data.meta)
+    return Dataset(**{field: getattr(data, field)[mask] for field in FIELDS}, meta=data.meta)

@@ -9,8 +9,6 @@ bsuite's own baseline (its default network and settings), written as one compile
 
 import difflib
 import functools
-import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.dataset import InputError, write_dataset
+from data.runs import run_program
 
 ENVIRONMENTS = {"catch": catch.Catch, "cartpole": cartpole.Cartpole, "mountain_car": mountain_car.MountainCar}
 EPISODES = {"catch": 2000, "cartpole": 1000, "mountain_car": 500}
@@ -86,7 +85,7 @@ def default_folder(env_id: str, noise: float) -> Path:
 
 
 class Settings(NamedTuple):
-    """bsuite's default DQN (bsuite/baselines/jax/dqn)."""
+    """bsuite's default DQN (bsuite/baselines/jax/dqn), but with epsilon annealed and a slower target as in Mnih et al. 2015."""
 
     hidden_units: tuple[int, ...] = (64, 64)
     learning_rate: float = 1e-3
@@ -94,8 +93,10 @@ class Settings(NamedTuple):
     discount: float = 0.99
     replay_capacity: int = 10_000
     min_replay_size: int = 100
-    target_update_period: int = 4
-    epsilon: float = 0.05
+    target_update_period: int = 100
+    epsilon_start: float = 1.0
+    epsilon_end: float = 0.01
+    epsilon_episodes: float = 0.2  # share of all episodes in which epsilon falls from start to end
 
 
 class QNetwork(nn.Module):
@@ -121,7 +122,8 @@ class Transition(NamedTuple):
 class DQN:
     """Deep Q-learning (Mnih et al. 2015) with its replay buffer on the device."""
 
-    def __init__(self, observation_shape: tuple[int, ...], num_actions: int, seed: int, settings: Settings = Settings()):
+    def __init__(self, observation_shape: tuple[int, ...], num_actions: int, seed: int):
+        settings = Settings()
         network = QNetwork(num_actions, settings.hidden_units)
         optimizer = optax.flatten(optax.adam(settings.learning_rate))  # one vector: fewer small kernels to launch
         params = network.init(jax.random.key(seed), jnp.zeros((1, *observation_shape)))
@@ -132,6 +134,7 @@ class DQN:
         self._count = 0  # transitions seen
         self._num_actions = num_actions
         self._settings = settings
+        self.epsilon = settings.epsilon_start
         self._random = np.random.default_rng(seed)
         self._greedy = jax.jit(lambda params, observation: jnp.argmax(network.apply(params, observation[None])[0]))
 
@@ -172,7 +175,7 @@ class DQN:
         return self._explore(greedy)
 
     def _explore(self, greedy: jax.Array) -> int:
-        if self._random.random() < self._settings.epsilon:
+        if self._random.random() < self.epsilon:
             return int(self._random.integers(self._num_actions))
         return int(greedy)
 
@@ -188,6 +191,7 @@ def record(env_id: str, noise: float = 0.0, episodes: int | None = None, seed: i
         raise InputError(f"the number of episodes must be at least 1, not {episodes}")
     out = default_folder(env_id, noise) if out is None else out
     num_actions = environment.action_spec().num_values
+    settings = Settings()
     agent = DQN(environment.observation_spec().shape, num_actions, seed)
     source = f"bsuite's default DQN learning from scratch, seed {seed}, recorded by data/record_bsuite.py"
     with (
@@ -196,7 +200,8 @@ def record(env_id: str, noise: float = 0.0, episodes: int | None = None, seed: i
         ) as writer,
         tqdm(total=episodes, unit="episode", desc=f"recording {out}", mininterval=1) as progress,
     ):
-        for _ in range(episodes):
+        for episode in range(episodes):
+            agent.epsilon = np.interp(episode, (0, settings.epsilon_episodes * episodes), (settings.epsilon_start, settings.epsilon_end))
             timestep = environment.reset()
             observations, actions, rewards = [timestep.observation], [], []
             action = agent.first_action(timestep.observation)
@@ -214,21 +219,10 @@ def record(env_id: str, noise: float = 0.0, episodes: int | None = None, seed: i
             )
             progress.update()
             progress.set_postfix(steps=writer.steps, mean_return=f"{np.mean(writer.returns[-100:]):.2f}", refresh=False)
-    tenth = max(1, episodes // 10)
-    print(
-        f"{out}: {episodes} episodes, {writer.steps} steps, mean return {np.mean(writer.returns):.3f} "
-        f"(first tenth {np.mean(writer.returns[:tenth]):.3f}, last tenth {np.mean(writer.returns[-tenth:]):.3f})"
-    )
+    print(writer.summary(out))
     return out
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args = tyro.cli(Args, description=__doc__)
-    try:
-        record(args.env_id, args.noise, args.episodes, args.seed, args.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    run_program(lambda: int(record(args.env_id, args.noise, args.episodes, args.seed, args.out) is None))

@@ -44,9 +44,11 @@ def flag(name: str) -> str:
 def parse_args(args_type: type[ArgsT], script: Path, description: str | None, argv: list[str] | None = None) -> ArgsT:
     """Reads the command line; with --resume, what it does not name is as in the resumed run, and run_dir is its folder.
 
-    Raises InputError if that is no run of this script, or was made with other settings than the command line names.
+    Raises InputError for values that make no sense, if that is no run of this script, or if the command line names
+    other settings than it was made with.
     """
     args: Any = tyro.cli(args_type, args=argv, description=description)
+    check_args(args)
     if args.resume is None:
         return args
     try:
@@ -63,7 +65,22 @@ def parse_args(args_type: type[ArgsT], script: Path, description: str | None, ar
     for name in sorted(saved.keys() - CHANGEABLE):
         if getattr(args, name) != saved[name]:
             raise InputError(f"the checkpoint was made with {flag(name)} {saved[name]}, not {getattr(args, name)}")
+    check_args(args)
     return dataclasses.replace(args, run_dir=args.resume)
+
+
+def check_args(args: Any) -> None:
+    """Raises InputError for values that make no sense."""
+    for name, value in dataclasses.asdict(args).items():
+        zero = name in ("cpu_devices", "seed", "noise", "warmup_steps") or name.endswith(("_coef", "_decay", "_scale"))
+        if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or (value == 0 and not zero)):
+            raise InputError(f"{flag(name)} must be {'at least' if zero else 'above'} 0, not {value}")
+        if name in ("data_fraction", "noise", "discount") and value > 1:
+            raise InputError(f"{flag(name)} must be at most 1, not {value}")
+    if args.num_bins < 3:
+        raise InputError(f"--num-bins must be at least 3, not {args.num_bins}")
+    if args.eval_only and args.resume is None:
+        raise InputError("--eval-only needs --resume RUN_DIR")
 
 
 def open_run(args: Any, script: Path, dataset_meta: dict[str, Any]) -> Path:

@@ -1,0 +1,109 @@
+"""Reads TFRecord files and what TensorFlow Datasets leaves on disk, without TensorFlow.
+
+The framing (length, CRC32C of the length, record, CRC32C of the record) is read here because the tfrecord package, which
+brings the protocol buffer's definition, passes over both checksums.
+"""
+
+import gzip
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.dataset import InputError
+
+try:
+    import crc32c
+    from tfrecord import example_pb2
+except ImportError:
+    raise InputError("reading TFRecord files needs two more packages: pip install -e '.[formats]'") from None
+
+
+def masked_crc(record: bytes) -> int:
+    """TFRecord's checksum: CRC32C, rotated and offset."""
+    crc = crc32c.crc32c(record)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read_records(path: Path) -> Iterator[bytes]:
+    """Yields the records of a TFRecord file, compressed by gzip or not.
+
+    Raises InputError, naming file and record, where the file is cut short or a checksum does not match.
+    """
+    with path.open("rb") as probe:
+        compressed = probe.read(2) == b"\x1f\x8b"
+    with gzip.open(path, "rb") if compressed else path.open("rb") as file:
+        index = 0
+        while True:
+            try:
+                header = file.read(12)
+                if not header:
+                    return
+                if len(header) < 12 or masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
+                    raise InputError(f"{path} is damaged or cut short at record {index}")
+                length = struct.unpack("<Q", header[:8])[0]
+                record, checksum = file.read(length), file.read(4)
+            except (EOFError, OSError, zlib.error) as error:
+                raise InputError(f"{path} is damaged or cut short at record {index}: {error}") from None
+            if len(record) < length or len(checksum) < 4 or masked_crc(record) != struct.unpack("<I", checksum)[0]:
+                raise InputError(f"{path} is damaged or cut short at record {index}")
+            yield record
+            index += 1
+
+
+def read_example(record: bytes) -> dict[str, Any]:
+    """The features of a tf.train.Example: lists of bytes, or arrays of float32 or int64, all flat."""
+    example = example_pb2.Example.FromString(record)
+    features: dict[str, Any] = {}
+    for name, feature in example.features.feature.items():
+        kind = feature.WhichOneof("kind")
+        if kind == "bytes_list":
+            features[name] = list(feature.bytes_list.value)
+        elif kind == "float_list":
+            features[name] = np.array(feature.float_list.value, np.float32)
+        else:
+            features[name] = np.array(feature.int64_list.value, np.int64)
+    return features
+
+
+def find_prepared(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The features of `steps` and the record files, in order, of a dataset that TensorFlow Datasets prepared.
+
+    folder: the one that holds features.json, or one above it that holds a single such dataset. Raises InputError if
+    there is none, several, or if files of it are missing.
+    """
+    found = sorted(folder.rglob("features.json")) if folder.is_dir() else []
+    if len(found) != 1:
+        raise InputError(f"{folder} holds {len(found)} datasets of TensorFlow Datasets (features.json), not one")
+    try:
+        features = json.loads(found[0].read_text())["featuresDict"]["features"]
+        steps = features["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{found[0]} does not describe episodes of steps (RLDS): {error!r}") from None
+    files = sorted(found[0].parent.glob("*.tfrecord-?????-of-?????"))
+    for file in files:
+        count = int(file.name[-5:])
+        for i in range(count):
+            shard = file.with_name(f"{file.name[:-15]}-{i:05d}-of-{count:05d}")
+            if not shard.exists():
+                raise InputError(f"{shard} is missing")
+    if not files:
+        raise InputError(f"{found[0].parent} holds no record files (*.tfrecord-00000-of-00001)")
+    return steps, files
+
+
+def step_array(example: dict[str, Any], name: str, steps: dict[str, Any], where: str) -> NDArray:
+    """One feature of all the steps of an episode, [L, ...]. Raises InputError if it is missing or encoded."""
+    try:
+        tensor = steps[name]["tensor"]
+        shape = [int(size) for size in tensor["shape"].get("dimensions", [])]
+        if tensor.get("encoding", "none") != "none":
+            raise InputError(f"{where}: steps/{name} is encoded as {tensor['encoding']}, which is not read here")
+        return np.asarray(example[f"steps/{name}"]).reshape(-1, *shape).astype(tensor["dtype"])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{where}: steps/{name} is missing or has another shape than features.json says: {error}") from None
