@@ -43,7 +43,6 @@ class Args:
     run_dir: Path | None = None  # folder to make for this run; by default runs/<env>__<script>__<seed>__<time>
     resume: Path | None = None  # folder of a run to go on with; its settings are taken from there
     checkpoint_interval: int = 10_000  # updates between checkpoints
-
     data_dir: Path | None = None  # dataset folder; by default the task's under datasets/bsuite/, recorded if missing
     data_fraction: float = 1.0  # fraction of the episodes to train on, evenly spaced over the dataset, chosen by seed
     noise: float = 0.0  # probability that the environment replaces an action, in the data and in evaluation
@@ -71,7 +70,6 @@ class Args:
     eval_episodes: int = 32  # episodes per evaluation
     eval_envs: int = 32  # environments that play them side by side
     eval_only: bool = False  # with --resume: score the last checkpoint, print the result and stop
-
     log_interval: int = 1_000  # updates between lines of metrics.jsonl
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "rosmo"  # Weights & Biases project
@@ -331,7 +329,6 @@ def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax
         "policy_loss": -jnp.sum(targets.policy * log_policy, axis=-1).mean(),
         "behavior_loss": -(targets.behavior * jnp.take_along_axis(log_policy, behavior_action, axis=-1)[..., 0]).mean(),
         "policy_entropy": -jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1).mean(),
-        "value_target": targets.value.mean(),
         "behavior_fraction": targets.behavior.mean(),
     }
     total = metrics["reward_loss"] + args.value_coef * metrics["value_loss"]
@@ -404,7 +401,7 @@ def label_dataset(state: TrainState, observation: jax.Array, model: Model) -> La
 
     @functools.partial(jax.shard_map, mesh=share.mesh, check_vma=False, **specs)
     def label_chunks(target_params: Any, keys: jax.Array, chunks: jax.Array) -> Labels:
-        return jax.lax.map(lambda chunk: make_labels(target_params, *chunk, model), (keys, chunks))
+        return jax.lax.map(lambda chunk: make_labels(target_params, chunk[0], chunk[1], model), (keys, chunks))
 
     labels = label_chunks(state.target_params, jax.random.split(key, num_chunks), chunks)
     labels = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], labels)
@@ -475,8 +472,7 @@ def evaluate(state: TrainState, model: Model) -> dict[str, float]:
                 episodes_left[i] -= 1
                 timesteps[i] = environments[i].reset()
     random_play, online_dqn = REFERENCE_RETURNS[args.env_id]
-    statistics = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
-    return {f"eval/return_{name}": float(statistic(returns)) for name, statistic in statistics.items()} | {
+    return {f"eval/return_{name}": float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")} | {
         "eval/length_mean": float(np.mean(lengths)),
         "eval/normalized_score": float((np.mean(returns) - random_play) / (online_dqn - random_play)),
         "eval/episodes": len(returns),
@@ -492,8 +488,8 @@ def main(args: Args) -> int:
     use_devices(args.batch_size, args.cpu_devices)
     model = Model(environment.action_spec().num_values, args)
     state = init_state(environment.observation_spec().shape, model)
-    if args.eval_only:
-        state = Checkpoints(args.run_dir).restore(state)
+    if args.eval_only and args.resume:
+        state = Checkpoints(args.resume).restore(state)
         print(json.dumps({"step": int(state.step), **evaluate(state, model)}))
         return 0
     dataset = load_dataset(args)

@@ -85,7 +85,8 @@ def main(args: Args) -> None:
         normalised = [line["eval/normalized_score"] for line in final]
         returns = [line["eval/return_mean"] for line in final]
         summary.append(
-            f"| {task} | {random_return(task):.2f} | {data['return_mean']:.2f} | {np.mean(returns):.2f} ± {np.std(returns):.2f} | "
+            f"| {task} | {random_return(task):.2f} | {data['return_mean']:.2f} | "
+            f"{np.mean(returns):.2f} ± {np.std(returns):.2f} | "
             f"{', '.join(f'{value:.3f}' for value in normalised)} | {', '.join(reached)} | {np.median(speed):.0f} |"
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.dataset import InputError, write_dataset
@@ -36,7 +37,7 @@ def convert(source: Path, env_id: str, noise: float = 0.0, out: Path | None = No
     out = default_folder(env_id, noise) if out is None else out
     meta = {"benchmark": "bsuite", "env_id": env_id, "num_actions": num_actions, "noise": noise}
     meta["source"] = f"TensorFlow Datasets, {len(files)} files of {files[0].parent.parent.name}"
-    episodes = []
+    episodes: list[tuple[int, int, dict[str, NDArray]]] = []
     for file in tqdm(files, unit="file", desc=f"reading {source}"):
         for index, record in enumerate(read_records(file)):
             where = f"{file}, episode {index}"

@@ -85,7 +85,7 @@ def default_folder(env_id: str, noise: float) -> Path:
 
 
 class Settings(NamedTuple):
-    """bsuite's default DQN (bsuite/baselines/jax/dqn), but with epsilon annealed and a slower target as in Mnih et al. 2015."""
+    """bsuite's default DQN (bsuite/baselines/jax/dqn)."""
 
     hidden_units: tuple[int, ...] = (64, 64)
     learning_rate: float = 1e-3
@@ -93,10 +93,8 @@ class Settings(NamedTuple):
     discount: float = 0.99
     replay_capacity: int = 10_000
     min_replay_size: int = 100
-    target_update_period: int = 100
-    epsilon_start: float = 1.0
-    epsilon_end: float = 0.01
-    epsilon_episodes: float = 0.2  # share of all episodes in which epsilon falls from start to end
+    target_update_period: int = 4
+    epsilon: float = 0.05
 
 
 class QNetwork(nn.Module):
@@ -134,13 +132,13 @@ class DQN:
         self._count = 0  # transitions seen
         self._num_actions = num_actions
         self._settings = settings
-        self.epsilon = settings.epsilon_start
         self._random = np.random.default_rng(seed)
         self._greedy = jax.jit(lambda params, observation: jnp.argmax(network.apply(params, observation[None])[0]))
 
         def loss(params: Any, target_params: Any, batch: Transition) -> jax.Array:
-            q = jnp.take_along_axis(network.apply(params, batch.observation), batch.action[:, None], axis=1)[:, 0]
-            next_q = jnp.max(network.apply(target_params, batch.next_observation), axis=1)
+            q = jnp.asarray(network.apply(params, batch.observation))  # [32, A]
+            q = jnp.take_along_axis(q, batch.action[:, None], axis=1)[:, 0]
+            next_q = jnp.max(jnp.asarray(network.apply(target_params, batch.next_observation)), axis=1)
             target = batch.reward + settings.discount * batch.discount * next_q
             return jnp.mean(jnp.square(q - jax.lax.stop_gradient(target)))
 
@@ -175,7 +173,7 @@ class DQN:
         return self._explore(greedy)
 
     def _explore(self, greedy: jax.Array) -> int:
-        if self._random.random() < self.epsilon:
+        if self._random.random() < self._settings.epsilon:
             return int(self._random.integers(self._num_actions))
         return int(greedy)
 
@@ -191,7 +189,6 @@ def record(env_id: str, noise: float = 0.0, episodes: int | None = None, seed: i
         raise InputError(f"the number of episodes must be at least 1, not {episodes}")
     out = default_folder(env_id, noise) if out is None else out
     num_actions = environment.action_spec().num_values
-    settings = Settings()
     agent = DQN(environment.observation_spec().shape, num_actions, seed)
     source = f"bsuite's default DQN learning from scratch, seed {seed}, recorded by data/record_bsuite.py"
     with (
@@ -200,8 +197,7 @@ def record(env_id: str, noise: float = 0.0, episodes: int | None = None, seed: i
         ) as writer,
         tqdm(total=episodes, unit="episode", desc=f"recording {out}", mininterval=1) as progress,
     ):
-        for episode in range(episodes):
-            agent.epsilon = np.interp(episode, (0, settings.epsilon_episodes * episodes), (settings.epsilon_start, settings.epsilon_end))
+        for _ in range(episodes):
             timestep = environment.reset()
             observations, actions, rewards = [timestep.observation], [], []
             action = agent.first_action(timestep.observation)

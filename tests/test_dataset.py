@@ -64,7 +64,8 @@ def test_a_killed_writer_leaves_no_dataset_and_is_cleaned_up(tmp_path):
             writer.add_episode(np.zeros((3, 10, 5), np.float32), np.zeros(2), np.zeros(2), terminal=True)
             os.kill(os.getpid(), signal.SIGKILL)
     """)
-    assert subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": "."}).returncode == -signal.SIGKILL
+    result = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": "."})
+    assert result.returncode == -signal.SIGKILL
     with pytest.raises(InputError, match="no dataset folder"):
         open_dataset(tmp_path / "catch")
     assert len(list(tmp_path.iterdir())) == 1  # what the killed program left, hidden
@@ -119,7 +120,7 @@ def edit_meta(**entries):
         (edit_meta(steps=20), "meta.json says 20 steps"),
         (edit_meta(episodes=4), "as many episodes"),
         (lambda folder: (folder / "reward.npy").unlink(), "has no reward.npy"),
-        *((lambda folder, f=field: truncate(folder / f"{f}.npy"), f"{field}.npy is damaged or cut short") for field in FIELDS),
+        *((lambda folder, f=f: truncate(folder / f"{f}.npy"), f"{f}.npy is damaged or cut short") for f in FIELDS),
         (lambda folder: (folder / "action.npy").write_bytes(b""), "action.npy is damaged or cut short"),
         (lambda folder: np.save(folder / "action.npy", np.zeros(19, np.int64)), "holds int64, not int32"),
         (lambda folder: np.save(folder / "observation.npy", np.zeros((18, 2), np.float32)), "meta.json says 19 steps"),
@@ -143,7 +144,8 @@ def test_damage_is_named(tmp_path, damage, sentence):
 def test_fraction_is_evenly_spaced_and_chosen_by_seed(tmp_path):
     data = open_dataset(write(tmp_path / "catch", lengths=[2] * 100))
     first, second = (keep_fraction(data, 0.1, seed) for seed in (0, 1))
-    starts = [np.flatnonzero(np.isin(data.observation[:, 0, 0], kept.observation[kept.is_first, 0, 0])) for kept in (first, second)]
+    first_numbers = (kept.observation[kept.is_first, 0, 0] for kept in (first, second))
+    starts = [np.flatnonzero(np.isin(data.observation[:, 0, 0], numbers)) for numbers in first_numbers]
     for start in starts:
         assert (start // 3 // 10).tolist() == list(range(10))  # one of every ten episodes
     assert not np.array_equal(*starts)

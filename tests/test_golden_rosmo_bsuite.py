@@ -117,7 +117,8 @@ def statistics_of(params, target_params, batch) -> dict[str, float]:
         "improve_advantage": advantage, "reward_prediction": reward, "reward_target": targets.reward,
         "value_prediction": value, "value_target": targets.value,
     }  # fmt: skip
-    logged = {f"{name}_{kind}": float(f(x)) for name, x in pairs.items() for kind, f in (("mean", jnp.mean), ("std", jnp.std))}
+    logged = {f"{name}_mean": float(jnp.mean(x)) for name, x in pairs.items()}
+    logged |= {f"{name}_std": float(jnp.std(x)) for name, x in pairs.items()}
     return logged | {"policy_target_entropy_mean": float(jnp.mean(entropy)), "param_norm": float(optax.tree.norm(params))}
 
 
@@ -149,8 +150,8 @@ def test_six_updates(same_random_actions, capsys):
             theirs = GOLDEN[f"log|{name}"]
             worst[name] = max(worst.get(name, 0.0), abs(ours - theirs[i]) / np.max(np.abs(theirs)))
     assert {name for name in GOLDEN if name.startswith("log|")} == {f"log|{name}" for name in worst}
-    theirs = golden_numbers.parameters(GOLDEN, "params6")
-    worst["parameters after 6 updates"] = max(jax.tree.leaves(jax.tree.map(relative, state.params, theirs)))
+    after = golden_numbers.parameters(GOLDEN, "params6")
+    worst["parameters after 6 updates"] = max(jax.tree.leaves(jax.tree.map(relative, state.params, after)))
     with capsys.disabled():
         print("\nlargest relative differences:", {name: f"{value:.1e}" for name, value in worst.items()})
     assert max(worst.values()) < 1e-4
