@@ -28,7 +28,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data.dataset import Dataset, InputError, check_fit, keep_fraction, open_dataset
-from data.record_bsuite import default_folder, make_environment, record
+from data.record_bsuite import make_environment, record_if_missing
 from data.runs import Checkpoints, Log, Progress, catch_signals, open_run, parse_args, run_program, use_devices
 
 # ---------------------------------------------------------------------------------------------------------------- Args
@@ -103,12 +103,8 @@ def load_dataset(args: Args) -> Dataset:
 
     Raises InputError for a dataset that is missing, damaged, of another task or noise, or too small for the settings.
     """
-    folder = args.data_dir or default_folder(args.env_id, args.noise)
     environment = make_environment(args.env_id, args.seed, args.noise)
-    if args.data_dir is None and not folder.exists():
-        print(f"There is no dataset {folder}: recording all that a DQN sees while it learns {args.env_id}, as was done")
-        print("for the paper. README.md says how to bring in the paper's own datasets.", flush=True)
-        record(args.env_id, args.noise)
+    folder = args.data_dir or record_if_missing(args.env_id, args.noise)
     data = open_dataset(folder)
     if data.meta.get("noise", 0.0) != args.noise:
         raise InputError(f"{folder} has noise {data.meta.get('noise', 0.0)}, not {args.noise}: name it with --noise")
@@ -382,7 +378,7 @@ def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, mode
     updates, optimizer_state = make_optimizer(model.args).update(gradient, state.optimizer_state, state.params)
     params, step = optax.apply_updates(state.params, updates), state.step + 1
     target_params = optax.periodic_update(params, state.target_params, step, model.args.target_update_interval)
-    metrics["grad_norm"] = optax.tree.norm(gradient)
+    metrics |= {"grad_norm": optax.tree.norm(gradient), "param_norm": optax.tree.norm(params)}
     return TrainState(step, params, target_params, optimizer_state, state.key), metrics
 
 
@@ -494,30 +490,33 @@ def main(args: Args) -> int:
         return 0
     dataset = load_dataset(args)
     data = jax.device_put(Steps(*(getattr(dataset, field) for field in Steps._fields)), sharding())
+    stopped_by = catch_signals()
     run_dir = open_run(args, Path(__file__), dataset.meta)
     checkpoints = Checkpoints(run_dir)
     state = checkpoints.restore(state) if args.resume else state
-    step = int(state.step)
+    step = first_step = int(state.step)
+    if step >= args.total_steps:
+        raise InputError(f"{run_dir} has made {step} updates already: name more with --total-steps")
+    checkpoints.save(step, state)
     log = Log(run_dir, step, args)
-    print(f"{run_dir}: training on {dataset.is_first.sum()} episodes of {len(data.action)} steps, "
-          f"on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)  # fmt: skip
+    print(f"{run_dir}: {len(data.action)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
     start = time.perf_counter()
     labels = label_dataset(state, data.observation, model)
     compiled_updates = update_many.lower(state, np.int32(0), data, labels, model).compile()
     seconds = {"compile": time.perf_counter() - start, "update": 0.0, "evaluation": 0.0}
-    stopped_by, progress = catch_signals(), Progress(step, args.total_steps)
+    progress = Progress(step, args.total_steps, "--total-steps 20000 suits a CPU", args.target_update_interval)
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
     sums: dict[str, float] = {}
     logged_step, logged_seconds = step, 0.0
     while step < args.total_steps and not stopped_by:
         start = time.perf_counter()
-        if step % args.target_update_interval == 0:
+        if step % args.target_update_interval == 0 and step != first_step:
             labels = label_dataset(state, data.observation, model)
         count = min(args.updates_per_call, args.total_steps - step, *(every - step % every for every in intervals))
         state, metrics = compiled_updates(state, np.int32(count), data, labels)
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}  # waits for the devices
         seconds["update"] += time.perf_counter() - start
-        if not np.isfinite([sums["total_loss"], sums["grad_norm"]]).all():
+        if not np.isfinite([sums["total_loss"], sums["grad_norm"], sums["param_norm"]]).all():
             checkpoints.close()
             sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
         step += count
@@ -534,8 +533,9 @@ def main(args: Args) -> int:
             seconds["evaluation"] += time.perf_counter() - start
             log.write(step, scores)
             progress.print_scores(step, scores)
-        if step % args.checkpoint_interval == 0 or done or stopped_by:
+        if step % args.checkpoint_interval == 0:
             checkpoints.save(step, state)
+    checkpoints.save(step, state)
     progress.close()
     log.close()
     checkpoints.close()

@@ -38,18 +38,17 @@ class Args:
 
 def train(args: Args, task: str, seed: int) -> list[dict]:
     """Makes, resumes or only reads one run, and returns its lines of metrics.jsonl."""
-    run_dir = args.runs / f"{args.script}__{task}__{seed}__{args.total_steps}"
+    run_dir = args.runs / f"{args.script}__{task}__{seed}__{args.total_steps}__{args.eval_interval}"
     metrics = run_dir / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     if not any(line["step"] == args.total_steps and "eval/return_mean" in line for line in lines):
         fresh = ["--env-id", task, "--seed", seed, "--total-steps", args.total_steps, "--run-dir", run_dir]
         fresh += ["--eval-interval", args.eval_interval, "--checkpoint-interval", args.eval_interval]
-        if list((run_dir / "checkpoints").glob("[0-9]*")):
+        if run_dir.exists():
             fresh = ["--resume", run_dir]
-        elif run_dir.exists():
-            sys.exit(f"error: {run_dir} was stopped before its first checkpoint; remove it")
         command = [sys.executable, ROOT / f"{args.script}.py", *fresh]
-        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL).returncode != 0:
+            sys.exit(f"error: the run {run_dir} failed; call this program again to go on with it")
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return lines
 

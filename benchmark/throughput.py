@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data.dataset import InputError
 from data.record_bsuite import make_environment
 from data.runs import parse_args, run_program, use_devices
 
+ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 9
-UPDATES = 200  # per timing
+UPDATES = 200  # per timing, in calls of --updates-per-call as in training
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> float:
@@ -39,6 +41,8 @@ def spread(values: list[float], unit: str) -> str:
 
 
 def main(name: str, flags: list[str]) -> int:
+    if not (ROOT / f"{name}.py").exists():
+        raise InputError(f"there is no script {name}.py in {ROOT}")
     script: Any = importlib.import_module(name)
     args = parse_args(script.Args, Path(script.__file__), f"{name}'s flags", flags)
     use_devices(args.batch_size, args.cpu_devices)
@@ -69,8 +73,11 @@ def main(name: str, flags: list[str]) -> int:
     update_ms, label_ms, sample_ms, evaluation_s = [], [], [], []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, np.int32(UPDATES), data, labels))
-        update_ms.append((time.perf_counter() - start) / UPDATES * 1e3)
+        for _ in range(UPDATES // args.updates_per_call):
+            state, metrics = compiled(state, np.int32(args.updates_per_call), data, labels)
+            jax.tree.map(float, metrics)
+        updates = UPDATES // args.updates_per_call * args.updates_per_call
+        update_ms.append((time.perf_counter() - start) / updates * 1e3)
         label_ms.append(timed(script.label_dataset, state, data.observation, model) * 1e3 / args.target_update_interval)
         sample_ms.append(timed(sample_only, state.key, data, labels) / UPDATES * 1e3)
         evaluation_s.append(timed(script.evaluate, state, model))
@@ -90,7 +97,8 @@ def main(name: str, flags: list[str]) -> int:
     print(f"one evaluation       {spread(evaluation_s, 's')}, {args.eval_episodes} episodes")
     for part, value in share.items():
         print(f"share of time        {100 * value:.1f} % {part}")
-    print(f"peak memory          {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
+    print(f"peak memory          {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB")
     return 0
 
 

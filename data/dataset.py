@@ -66,6 +66,8 @@ class DatasetWriter:
                 f"an episode needs one observation more than actions and rewards, "
                 f"but it has {len(observation)}, {length} and {len(reward)}"
             )
+        if not np.isfinite(reward).all() or (observation.dtype == np.float32 and not np.isfinite(observation).all()):
+            raise InputError(f"episode {len(self.returns)} has a reward or an observation that is not finite")
         observation_type = (observation.dtype, observation.shape[1:])
         if self._observation_type is None:
             self._observation_type = observation_type
@@ -144,10 +146,11 @@ def write_dataset(path: Path, **meta: Any) -> Iterator[DatasetWriter]:
     if path.exists():
         raise InputError(f"{path} exists already; remove it or name another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}."
+    prefix = f".{path.name}.partial-"
     with _locked(path.parent):
         for leftover in path.parent.glob(f"{prefix}*"):
-            with suppress(BlockingIOError), _locked(leftover, fcntl.LOCK_NB):  # it blocks: a living program writes there
+            # It blocks: a living program writes there. It is not found: that program has just finished.
+            with suppress(BlockingIOError, FileNotFoundError), _locked(leftover, fcntl.LOCK_NB):
                 shutil.rmtree(leftover)
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
         lock = ExitStack()
@@ -178,7 +181,8 @@ def write_dataset(path: Path, **meta: Any) -> Iterator[DatasetWriter]:
             raise InputError(f"{path} appeared while this program was writing it; it was left as it is") from error
         raise
     finally:
-        writer.close()
+        with suppress(OSError):  # a full disk again: the error is under way already
+            writer.close()
         lock.close()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -194,9 +198,11 @@ def open_dataset(path: Path) -> Dataset:
     try:
         meta = json.loads((path / "meta.json").read_text())
         expected = {key: meta[key] for key in ("format_version", "env_id", "num_actions", "steps", "episodes")}
+        if not all(isinstance(value, str if key == "env_id" else int) for key, value in expected.items()):
+            raise ValueError(f"of {expected} only env_id is a name")
     except FileNotFoundError:
         raise InputError(f"{path} is not a dataset: it has no meta.json") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path / 'meta.json'} is damaged: {error!r}") from None
     if expected["format_version"] != FORMAT_VERSION:
         raise InputError(f"{path} has format version {expected['format_version']}, not {FORMAT_VERSION}")
@@ -213,8 +219,9 @@ def open_dataset(path: Path) -> Dataset:
         dtypes = (np.float32, np.uint8) if field == "observation" else (DTYPES[field],)
         if arrays[field].dtype not in dtypes:
             raise InputError(f"{file} holds {arrays[field].dtype}, not {' or '.join(d.__name__ for d in dtypes)}")
-        if len(arrays[field]) != expected["steps"] or (field != "observation" and arrays[field].ndim != 1):
-            raise InputError(f"{file} has shape {arrays[field].shape}, but meta.json says {expected['steps']} steps")
+        shape = arrays[field].shape
+        if shape[:1] != (expected["steps"],) or (field != "observation" and len(shape) != 1) or not shape[0]:
+            raise InputError(f"{file} has shape {shape}, but meta.json says {expected['steps']} steps")
 
     data = Dataset(**arrays, meta=meta)
     floats = [data.reward] + ([data.observation] if data.observation.dtype == np.float32 else [])
@@ -261,9 +268,9 @@ def keep_fraction(data: Dataset, fraction: float, seed: int) -> Dataset:
     Raises InputError if none is left.
     """
     episodes = int(data.is_first.sum())
-    edges = np.linspace(0, episodes, round(fraction * episodes) + 1)
+    edges = np.linspace(0, episodes, round(fraction * episodes) + 1).astype(int)
     if len(edges) == 1:
         raise InputError(f"a fraction of {fraction} leaves none of the {episodes} episodes")
-    kept = np.floor(np.random.default_rng(seed).uniform(edges[:-1], edges[1:])).astype(int)
+    kept = np.random.default_rng(seed).integers(edges[:-1], edges[1:])
     mask = np.isin(np.cumsum(data.is_first) - 1, kept)
     return Dataset(**{field: getattr(data, field)[mask] for field in FIELDS}, meta=data.meta)

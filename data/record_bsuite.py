@@ -1,7 +1,7 @@
 """Records a BSuite dataset: every step of an online DQN that learns the task from scratch.
 
-RL Unplugged (Gulcehre et al. 2020, arXiv 2006.13888) and the ROSMO paper made their BSuite data in this way. The agent is
-bsuite's own baseline (its default network and settings), written as one compiled call per environment step.
+RL Unplugged (Gulcehre et al. 2020, arXiv 2006.13888) and the ROSMO paper made their BSuite data in this way. The agent has
+the network and the settings of bsuite's DQN baseline, written as one compiled call per environment step.
 
     python -m data.record_bsuite --env-id catch
     python -m data.record_bsuite --env-id cartpole --noise 0.3 --seed 1 --out datasets/bsuite/my_cartpole
@@ -51,7 +51,7 @@ class NoisyActions(dm_env.Environment):
     def __init__(self, environment: base.Environment, noise: float, seed: int):
         self._environment = environment
         self._noise = noise
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng([seed, 1])  # not the agent's stream
 
     def reset(self) -> dm_env.TimeStep:
         return self._environment.reset()
@@ -74,6 +74,8 @@ def make_environment(env_id: str, seed: int, noise: float = 0.0) -> NoisyActions
         closest = difflib.get_close_matches(env_id, ENVIRONMENTS, n=1, cutoff=0.0)[0]
         known = ", ".join(ENVIRONMENTS)
         raise InputError(f"there is no BSuite task {env_id!r} here; did you mean {closest!r}? (known: {known})")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"a seed is from 0 to {2**32 - 1}, not {seed}")
     if not 0 <= noise <= 1:
         raise InputError(f"noise is a probability, from 0 to 1, not {noise}")
     return NoisyActions(ENVIRONMENTS[env_id](seed=seed), noise, seed)
@@ -81,7 +83,7 @@ def make_environment(env_id: str, seed: int, noise: float = 0.0) -> NoisyActions
 
 def default_folder(env_id: str, noise: float) -> Path:
     """The place of a task's dataset, where record() puts it and the training scripts look for it."""
-    return Path("datasets/bsuite") / (f"{env_id}_noise_{noise:g}" if noise else env_id)
+    return Path("datasets/bsuite") / (f"{env_id}_noise_{noise}" if noise else env_id)
 
 
 class Settings(NamedTuple):
@@ -190,7 +192,7 @@ def record(env_id: str, noise: float = 0.0, episodes: int | None = None, seed: i
     out = default_folder(env_id, noise) if out is None else out
     num_actions = environment.action_spec().num_values
     agent = DQN(environment.observation_spec().shape, num_actions, seed)
-    source = f"bsuite's default DQN learning from scratch, seed {seed}, recorded by data/record_bsuite.py"
+    source = f"a DQN with bsuite's default settings learning from scratch, seed {seed}, recorded by data/record_bsuite.py"
     with (
         write_dataset(
             out, benchmark="bsuite", env_id=env_id, num_actions=num_actions, noise=noise, seed=seed, source=source
@@ -217,6 +219,20 @@ def record(env_id: str, noise: float = 0.0, episodes: int | None = None, seed: i
             progress.set_postfix(steps=writer.steps, mean_return=f"{np.mean(writer.returns[-100:]):.2f}", refresh=False)
     print(writer.summary(out))
     return out
+
+
+def record_if_missing(env_id: str, noise: float) -> Path:
+    """The standard dataset's folder; what is not there yet is announced and recorded."""
+    folder = default_folder(env_id, noise)
+    if not folder.exists():
+        print(f"There is no dataset {folder}: recording all that a DQN sees while it learns {env_id}, as was done for the")
+        print("paper. README.md says how to bring in the paper's own datasets.", flush=True)
+        try:
+            record(env_id, noise)
+        except InputError:
+            if not folder.exists():  # else another program has recorded it meanwhile
+                raise
+    return folder
 
 
 if __name__ == "__main__":

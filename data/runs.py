@@ -9,11 +9,14 @@ import dataclasses
 import errno
 import importlib.metadata
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -72,10 +75,12 @@ def parse_args(args_type: type[ArgsT], script: Path, description: str | None, ar
 def check_args(args: Any) -> None:
     """Raises InputError for values that make no sense."""
     for name, value in dataclasses.asdict(args).items():
-        zero = name in ("cpu_devices", "seed", "noise", "warmup_steps") or name.endswith(("_coef", "_decay", "_scale"))
-        if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or (value == 0 and not zero)):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        zero = name in ("cpu_devices", "seed", "noise", "warmup_steps") or name.endswith(("_coef", "_scale", "weight_decay"))
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             raise InputError(f"{flag(name)} must be {'at least' if zero else 'above'} 0, not {value}")
-        if name in ("data_fraction", "noise", "discount") and value > 1:
+        if name in ("data_fraction", "noise", "discount", "learning_rate_decay") and value > 1:
             raise InputError(f"{flag(name)} must be at most 1, not {value}")
     if args.num_bins < 3:
         raise InputError(f"--num-bins must be at least 3, not {args.num_bins}")
@@ -96,13 +101,17 @@ def open_run(args: Any, script: Path, dataset_meta: dict[str, Any]) -> Path:
     run_dir = args.run_dir or Path("runs") / name
     if run_dir.exists():
         raise InputError(f"{run_dir} exists already: name another --run-dir, or go on with it by --resume {run_dir}")
-    git = subprocess.run(["git", "-C", script.parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = None
+    with suppress(OSError):  # there may be no git
+        git = subprocess.run(["git", "-C", script.parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
     settings = {
+        "id": uuid.uuid4().hex[:8],
         "script": script.stem,
-        "args": dataclasses.asdict(args),
+        "args": dataclasses.asdict(args) | {"data_dir": args.data_dir and args.data_dir.absolute()},
         "dataset": dataset_meta,
         "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit,
         "devices": [device.device_kind for device in jax.devices()],
     }
     run_dir.mkdir(parents=True)
@@ -111,13 +120,20 @@ def open_run(args: Any, script: Path, dataset_meta: dict[str, Any]) -> Path:
 
 
 class Checkpoints:
-    """The checkpoints of a run. save() writes in the background; a checkpoint appears whole or not at all."""
+    """The checkpoints of a run. save() returns when the checkpoint is whole; an error, a full disk say, is save()'s."""
 
     def __init__(self, run_dir: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
-        self._manager = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        self._directory = run_dir / "checkpoints"
+        self._manager = ocp.CheckpointManager(self._directory.absolute(), options=options)
 
     def save(self, step: int, state: Any) -> None:
+        """Raises InputError if the disk has no room for it."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if shutil.disk_usage(self._directory).free < 2 * size + 2**20:
+            raise InputError(f"the disk is full: a checkpoint of {size / 2**20:.1f} MiB does not fit into {self._directory}")
         if self._manager.latest_step() != step:
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
@@ -125,15 +141,14 @@ class Checkpoints:
         """The last checkpoint, in the shapes and places of `like`. Raises InputError if there is none or it is damaged."""
         step = self._manager.latest_step()
         if step is None:
-            raise InputError(f"{self._manager.directory} holds no checkpoint")
+            raise InputError(f"{self._directory} holds no checkpoint")
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(like))
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise InputError(f"the checkpoint {self._manager.directory / str(step)} cannot be read: {reason}") from None
+            raise InputError(f"the checkpoint {self._directory / str(step)} cannot be read: {reason}") from None
 
     def close(self) -> None:
-        """Waits until the last checkpoint is whole."""
         self._manager.close()
 
 
@@ -151,8 +166,12 @@ class Log:
         if args.track:
             import wandb
 
+            run_id = json.loads((run_dir / "args.json").read_text())["id"]
             settings = {"project": args.wandb_project, "entity": args.wandb_entity, "config": dataclasses.asdict(args)}
-            self._tracker = wandb.init(**settings, dir=run_dir, name=run_dir.name, id=run_dir.name, resume="allow")
+            try:
+                self._tracker = wandb.init(**settings, dir=run_dir, name=run_dir.name, id=run_id, resume="allow")
+            except wandb.Error as error:
+                raise InputError(f"Weights & Biases cannot be reached ({error}); WANDB_MODE=offline does without") from None
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -169,29 +188,36 @@ class Log:
 class Progress:
     """A progress bar where stderr is a terminal, plain lines on stdout elsewhere."""
 
-    def __init__(self, step: int, total_steps: int):
+    def __init__(self, step: int, total_steps: int, cpu_hint: str, hint_after: int):
+        """Without an accelerator, says after hint_after updates what an update costs, and cpu_hint."""
         self._step, self._first_step, self._total_steps = step, step, total_steps
+        self._hint_step = step + hint_after if jax.default_backend() == "cpu" else None
+        self._hint = cpu_hint
+        self._shown: dict[str, str] = {}
         self._bar = tqdm(
             initial=step, total=total_steps, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
 
     def update(self, step: int, loss: float, seconds: float, log: bool) -> None:
-        """Shows the step, the loss and the time left; seconds: since the start. Plain lines come only with `log`."""
-        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        """Shows the step, the loss and the time left; seconds: of all updates. Plain lines come only with `log`."""
+        self._shown["loss"] = f"{loss:.3f}"
+        self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update(step - self._step)
+        self._step = step
         cost = seconds / (step - self._first_step)
         left = f"{(self._total_steps - step) * cost / 60:.1f} min left"
-        if self._step == self._first_step and jax.default_backend() == "cpu":
-            self.print(f"no accelerator: an update takes {1000 * cost:.1f} ms here, {left}; --total-steps makes fewer")
+        if self._hint_step is not None and step >= self._hint_step:
+            self.print(f"no accelerator: an update takes {1000 * cost:.1f} ms here, {left}; {self._hint}")
+            self._hint_step = None
         if log and self._bar.disable:
             self.print(f"{step}/{self._total_steps} updates, loss {loss:.3f}, {1 / cost:.1f} updates/s, {left}")
-        self._step = step
 
     def print(self, line: str) -> None:
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()
 
     def print_scores(self, step: int, scores: dict[str, float]) -> None:
+        self._shown["score"] = f"{scores['eval/return_mean']:.2f}"
         self.print(
             f"{step} updates: return {scores['eval/return_mean']:.3f} +- {scores['eval/return_std']:.3f} in "
             f"{scores['eval/episodes']} episodes, normalised {scores['eval/normalized_score']:.3f}"
@@ -217,10 +243,16 @@ def use_devices(batch_size: int, cpu_devices: int) -> None:
 
 
 def catch_signals() -> list[int]:
-    """From now on SIGINT and SIGTERM do not end the program but are appended to the list that this returns."""
+    """From now on the first SIGINT or SIGTERM only goes into the list that this returns; a second one ends the program."""
     caught: list[int] = []
+
+    def catch(signum: int, _: Any) -> None:
+        caught.append(signum)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: caught.append(signum))
+        signal.signal(signum, catch)
     return caught
 
 
@@ -234,9 +266,12 @@ def run_program(program: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not is_full and "No space left on device" not in str(error):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            sentence = "the disk is full; what was whole before is still there"
+        elif isinstance(error, PermissionError) and error.filename is not None:
+            sentence = f"{error.filename}: {error.strerror}"
+        else:
             raise
-        sentence = "the disk is full; what was whole before is still there"
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)

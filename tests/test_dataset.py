@@ -83,6 +83,18 @@ def test_writers_side_by_side_do_not_clean_each_other_up(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["catch", "catch_2", "catch_3"]
 
 
+def test_numbers_that_are_not_finite_are_refused_at_once(tmp_path):
+    with pytest.raises(InputError, match="not finite"), write_dataset(tmp_path / "catch", **META) as writer:
+        writer.add_episode(np.zeros((3, 2), np.float32), np.zeros(2), np.array([0, np.nan]), terminal=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_neighbour_with_a_similar_name_is_left_alone(tmp_path):
+    (tmp_path / ".catch.mine").mkdir()
+    write(tmp_path / "catch")
+    assert (tmp_path / ".catch.mine").exists()
+
+
 def test_an_existing_folder_is_not_overwritten(tmp_path):
     with pytest.raises(InputError, match="exists already"), write_dataset(tmp_path, **META):
         pass
@@ -117,6 +129,7 @@ def edit_meta(**entries):
         (lambda folder: (folder / "meta.json").unlink(), "has no meta.json"),
         (lambda folder: (folder / "meta.json").write_text('{"steps"'), "meta.json is damaged"),
         (edit_meta(format_version=9), "format version 9"),
+        (edit_meta(num_actions="3"), "meta.json is damaged"),
         (edit_meta(steps=20), "meta.json says 20 steps"),
         (edit_meta(episodes=4), "as many episodes"),
         (lambda folder: (folder / "reward.npy").unlink(), "has no reward.npy"),
@@ -150,6 +163,8 @@ def test_fraction_is_evenly_spaced_and_chosen_by_seed(tmp_path):
         assert (start // 3 // 10).tolist() == list(range(10))  # one of every ten episodes
     assert not np.array_equal(*starts)
     assert first.is_first.sum() == 10 and first.is_last.sum() == 10 and len(first.action) == 30
+    for fraction in (0.3, 0.7, 0.9, 0.99):
+        assert keep_fraction(data, fraction, 0).is_first.sum() == round(100 * fraction)
     with pytest.raises(InputError, match=r"0.001 leaves none of the 100 episodes"):
         keep_fraction(data, 0.001, 0)
 
