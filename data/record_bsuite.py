@@ -33,16 +33,11 @@ EPISODES = {"catch": 2000, "cartpole": 1000, "mountain_car": 500}
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str
-    """catch, cartpole or mountain_car"""
-    noise: float = 0.0
-    """probability with which the environment replaces the agent's action by a uniform one"""
-    episodes: int | None = None
-    """episodes to record; by default 2,000 (catch), 1,000 (cartpole) or 500 (mountain_car)"""
-    seed: int = 0
-    """seed of the agent and the environment"""
-    out: Path | None = None
-    """folder to make; by default the place where the training scripts look for it, under datasets/bsuite/"""
+    env_id: str  # the task: catch, cartpole or mountain_car
+    noise: float = 0.0  # probability with which the environment replaces the agent's action by a uniform one
+    episodes: int | None = None  # to record; by default 2,000 (catch), 1,000 (cartpole) or 500 (mountain_car)
+    seed: int = 0  # of the agent and the environment
+    out: Path | None = None  # folder to make; by default where the training scripts look for it, under datasets/bsuite/
 
 
 class NoisyActions(dm_env.Environment):
