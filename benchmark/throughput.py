@@ -63,7 +63,8 @@ def main(name: str, flags: list[str]) -> int:
 
         def body(i: jax.Array, total: jax.Array) -> jax.Array:
             index = script.sample_windows(jax.random.fold_in(key, i), len(data.action), args)
-            return total + sum(jnp.sum(x[index]) for x in jax.tree.leaves((data, labels)))
+            rows = (jnp.sum(x[index].reshape(args.batch_size, -1), axis=1) for x in jax.tree.leaves((data, labels)))
+            return total + jnp.sum(sum(rows, start=jnp.zeros(args.batch_size)))  # devices exchange one number
 
         return jax.lax.fori_loop(0, UPDATES, body, jnp.float32(0))
 
