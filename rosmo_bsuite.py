@@ -2,10 +2,10 @@
 
 Liu, Li, Lee, Yan, Xu: "Efficient Offline Policy Optimization with a Learned Model", ICLR 2023 (arXiv 2210.05980).
 
-    python rosmo_bsuite.py --env-id catch                      # the paper's settings, 200,000 updates
-    python rosmo_bsuite.py --env-id catch --total-steps 5000   # a short run
-    python rosmo_bsuite.py --resume RUN_DIR                    # go on where a run was stopped
-    python rosmo_bsuite.py --resume RUN_DIR --eval-only        # score its last checkpoint
+    python rosmo_bsuite.py --env-id catch                       # the paper's settings, 200,000 updates
+    python rosmo_bsuite.py --env-id catch --total-steps 20000   # about a minute on two cores
+    python rosmo_bsuite.py --resume RUN_DIR                     # go on where a run was stopped
+    python rosmo_bsuite.py --resume RUN_DIR --eval-only         # score its last checkpoint
 
 In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), S the size of a latent state,
 A the number of actions, N the steps of the dataset; h, g and f are representation, dynamics and prediction.
@@ -81,7 +81,6 @@ class Args:
 
 # -------------------------------------------------------------------------------------------------- Dataset and sampler
 
-Metrics = dict[str, jax.Array]
 
 class Steps(NamedTuple):
     """Steps in time order: the whole dataset with leading axis [N], or a batch of windows with leading axes [B, T]."""
@@ -306,7 +305,7 @@ def scale_gradient(x: jax.Array, scale: float) -> jax.Array:
     return scale * x + jax.lax.stop_gradient((1 - scale) * x)
 
 
-def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax.Array, Metrics]:
+def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax.Array, dict]:
     """The training loss, a mean over steps and windows, and the metrics to log."""
     args, net = model.args, model.bind(params)
     states = [net.representation(batch.observation[:, 0])]  # of the online encodings only o_0's is used
@@ -363,13 +362,13 @@ def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
     return jax.device_put(state, sharding())
 
 
-def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, Metrics]:
+def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
     """One update on one batch of windows [B, T] with their labels [B, T]."""
     share, whole = sharding("batch"), sharding()
     specs = {"in_specs": (whole.spec, share.spec, share.spec), "out_specs": whole.spec}
 
     @functools.partial(jax.shard_map, mesh=share.mesh, check_vma=False, **specs)
-    def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, Metrics]:
+    def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict]:
         """Each device takes its share of the batch; gradient and metrics are averaged in a single exchange."""
         flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
         return unravel(jax.lax.pmean(flat, "batch"))
@@ -407,16 +406,16 @@ def label_dataset(state: TrainState, observation: jax.Array, model: Model) -> La
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def update_many(
     state: TrainState, count: jax.Array, data: Steps, labels: Labels, model: Model
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, dict]:
     """Makes `count` updates in one compiled loop and sums their metrics. data and labels are the whole dataset's, [N]."""
 
-    def next_update(state: TrainState) -> tuple[TrainState, Metrics]:
+    def next_update(state: TrainState) -> tuple[TrainState, dict]:
         sample_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         index = sample_windows(sample_key, len(data.action), model.args)
         batch, batch_labels = jax.tree.map(lambda x: x[index], (data, labels))
         return update(state, update_key, batch, batch_labels, model)
 
-    def body(_: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+    def body(_: jax.Array, carry: tuple[TrainState, dict]) -> tuple[TrainState, dict]:
         state, metrics = next_update(carry[0])
         return state, jax.tree.map(jnp.add, carry[1], metrics)
 
