@@ -41,7 +41,7 @@ def convert(source: Path, env_id: str, noise: float = 0.0, out: Path | None = No
     for file in tqdm(files, unit="file", desc=f"reading {source}"):
         for index, record in enumerate(read_records(file)):
             where = f"{file}, episode {index}"
-            example = read_example(record)
+            example = read_example(record, where)
             names = ("observation", "action", "reward", "is_first", "is_last", "is_terminal")
             steps = {name: step_array(example, name, features, where) for name in names}
             length = len(steps["action"])
@@ -52,7 +52,10 @@ def convert(source: Path, env_id: str, noise: float = 0.0, out: Path | None = No
                 raise InputError(f"{where}: is_first and is_last do not mark one whole episode")
             if steps["action"].min() < 0 or steps["action"].max() >= num_actions:
                 raise InputError(f"{where}: an action is outside 0 to {num_actions - 1}")
-            time = example.get("episode_id", [len(episodes)])[0]
+            try:
+                time = int(example["episode_id"][0])  # a number, or its digits
+            except (KeyError, ValueError):
+                time = len(episodes)
             episodes.append((time, len(episodes), steps))
     with write_dataset(out, **meta) as writer:
         # TensorFlow Datasets shuffles episodes on disk; episode_id has their order in time.

@@ -19,6 +19,7 @@ from data.dataset import InputError
 
 try:
     import crc32c
+    from google.protobuf.message import DecodeError
     from tfrecord import example_pb2
 except ImportError:
     raise InputError("reading TFRecord files needs two more packages: pip install -e '.[formats]'") from None
@@ -56,9 +57,15 @@ def read_records(path: Path) -> Iterator[bytes]:
             index += 1
 
 
-def read_example(record: bytes) -> dict[str, Any]:
-    """The features of a tf.train.Example: lists of bytes, or arrays of float32 or int64, all flat."""
-    example = example_pb2.Example.FromString(record)
+def read_example(record: bytes, where: str) -> dict[str, Any]:
+    """The features of a tf.train.Example: lists of bytes, or arrays of float32 or int64, all flat.
+
+    Raises InputError, naming `where`, if the record is something else.
+    """
+    try:
+        example = example_pb2.Example.FromString(record)
+    except DecodeError:
+        raise InputError(f"{where}: the record is not a tf.train.Example") from None
     features: dict[str, Any] = {}
     for name, feature in example.features.feature.items():
         kind = feature.WhichOneof("kind")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from data.convert_bsuite import convert
 from data.dataset import InputError, open_dataset
 from data.record_bsuite import make_environment, record
+from data.tfrecords import masked_crc
 
 FIXTURES = Path(__file__).parent / "fixtures" / "bsuite_tfds"  # written by TensorFlow Datasets' own RLDS builder
 
@@ -108,6 +110,16 @@ def test_damaged_sources_are_named_and_nothing_is_left(tmp_path, prepared, damag
     with pytest.raises(InputError, match=sentence):
         convert(prepared, "catch", out=tmp_path / "catch")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_records_that_are_no_examples_are_refused(tmp_path, prepared):
+    """Whole by their checksums, but not episodes."""
+    record = b"not a protocol buffer"
+    length = struct.pack("<Q", len(record))
+    framed = length + struct.pack("<I", masked_crc(length)) + record + struct.pack("<I", masked_crc(record))
+    next(prepared.rglob("*.tfrecord*")).write_bytes(framed)
+    with pytest.raises(InputError, match=r"episode 0: the record is not a tf\.train\.Example"):
+        convert(prepared, "catch", out=tmp_path / "new")
 
 
 def test_another_task_is_refused(tmp_path, prepared):
