@@ -16,6 +16,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from data.dataset import Dataset, InputError, check_fit, keep_fraction, open_dataset
-from data.record_bsuite import make_environment, record_if_missing
+from data.record_bsuite import make_environment, normalized_score, record_if_missing
 from data.runs import Checkpoints, Log, Progress, catch_signals, open_run, parse_args, run_program, use_devices
 
 # ---------------------------------------------------------------------------------------------------------------- Args
@@ -78,6 +80,10 @@ class Args:
     updates_per_call: int = 50  # updates in one call of the compiled program; an interrupt waits for its end
     cpu_devices: int = 0  # without an accelerator, devices to split the batch over; 0 for as many as cores, at most 8
 
+    def __post_init__(self) -> None:
+        if not self.sampling and self.num_simulations != Args.num_simulations:
+            raise InputError("--num-simulations has no part in the exact target: name --sampling too")
+
 
 # -------------------------------------------------------------------------------------------------- Dataset and sampler
 
@@ -94,7 +100,12 @@ class Steps(NamedTuple):
 
 def sharding(*axes: str) -> NamedSharding:
     """sharding("batch") splits the leading axis over all devices, sharding() gives each device the whole."""
-    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), PartitionSpec(*axes))
+    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), P(*axes))
+
+
+def per_device(*in_specs: P) -> Callable:
+    """Decorates a function that every device calls with its shares of the arguments, and that returns the same on each."""
+    return functools.partial(jax.shard_map, mesh=sharding().mesh, in_specs=in_specs, out_specs=P(), check_vma=False)
 
 
 def load_dataset(args: Args) -> Dataset:
@@ -205,10 +216,7 @@ def to_scalar(logits: jax.Array) -> jax.Array:
 
 
 def one_step_advantage(params: Any, state: jax.Array, value: jax.Array, action: jax.Array, model: Model) -> jax.Array:
-    """adv_g(s, a) = r_g(s, a) + gamma v(g(s, a)) - v(s), by one step of the model.
-
-    state [..., S] with value [...] and actions [..., N] to advantages [..., N].
-    """
+    """adv_g(s, a) = r_g(s, a) + gamma v(g(s, a)) - v(s): states [..., S], values [...], actions [..., N] to [..., N]."""
     net = model.bind(params)
     states = jnp.broadcast_to(state[..., None, :], (*action.shape, state.shape[-1]))
     after = net.prediction(net.dynamics(states, action))
@@ -266,10 +274,7 @@ def make_labels(target_params: Any, key: jax.Array, observation: jax.Array, mode
 
 
 def n_step_return(reward: jax.Array, is_last: jax.Array, value: jax.Array, args: Args) -> jax.Array:
-    """z_t = sum_{i<n} D_i r_{t+i} + D_n v_{t+n}, D_0 = 1, D_{i+1} = D_i gamma (1 - is_last_{t+i+1}), for t = 0..K.
-
-    All three arrays are [B, T]; the result is [B, K+1].
-    """
+    """z_t = sum_{i<n} D_i r_{t+i} + D_n v_{t+n}, D_0 = 1, D_{i+1} = D_i gamma (1 - is_last_{t+i+1}): [B, T] to [B, K+1]."""
     length = args.unroll_steps + 1
     result, discount = jnp.zeros_like(value[:, :length]), jnp.ones_like(value[:, :length])
     for i in range(args.bootstrap_steps):
@@ -364,10 +369,8 @@ def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
 
 def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
     """One update on one batch of windows [B, T] with their labels [B, T]."""
-    share, whole = sharding("batch"), sharding()
-    specs = {"in_specs": (whole.spec, share.spec, share.spec), "out_specs": whole.spec}
 
-    @functools.partial(jax.shard_map, mesh=share.mesh, check_vma=False, **specs)
+    @per_device(P(), P("batch"), P("batch"))
     def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict]:
         """Each device takes its share of the batch; gradient and metrics are averaged in a single exchange."""
         flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
@@ -383,50 +386,50 @@ def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, mode
 
 @functools.partial(jax.jit, static_argnames="model")
 def label_dataset(state: TrainState, observation: jax.Array, model: Model) -> Labels:
-    """Labels [N] of the whole dataset [N, ...], which hold until the target parameters change.
+    """Labels [N], made once a step, of the steps that windows read before the next target copy; zeros for the others."""
+    length, interval, num_devices, size = len(observation), model.args.target_update_interval, jax.device_count(), 1024
+    updates = state.step - state.step % interval + jnp.arange(interval)
+    windows_key, _, labels_key = jax.random.split(state.key, 3)
+    windows = jax.vmap(lambda t: sample_windows(jax.random.fold_in(windows_key, t), length, model.args))(updates)
+    is_read = jnp.zeros(length, bool).at[windows].set(True)
+    num_rows = -(-length // (num_devices * size))
+    chunks = jnp.nonzero(is_read, size=num_rows * num_devices * size, fill_value=length)[0]
 
-    The windows of one such interval, 200 x 512 of 7 steps each, have more steps than a BSuite dataset.
-    """
-    size, length = 1024, len(observation)
-    num_chunks = -(-length // (size * jax.device_count())) * jax.device_count()
-    chunks = jnp.resize(observation, (num_chunks, size, *observation.shape[1:]))
-    key = jax.random.fold_in(state.key, -1 - state.step // model.args.target_update_interval)
-    share, whole = sharding("batch"), sharding()
-    specs = {"in_specs": (whole.spec, share.spec, share.spec), "out_specs": share.spec}
+    @per_device(P(), P(), P(), P(), P(None, "batch"))
+    def label_rows(params: Any, key: jax.Array, observation: jax.Array, count: jax.Array, chunks: jax.Array) -> Labels:
+        """Each device labels one chunk of every row; chunks: its own [num_rows, 1, size]."""
 
-    @functools.partial(jax.shard_map, mesh=share.mesh, check_vma=False, **specs)
-    def label_chunks(target_params: Any, keys: jax.Array, chunks: jax.Array) -> Labels:
-        return jax.lax.map(lambda chunk: make_labels(target_params, chunk[0], chunk[1], model), (keys, chunks))
+        def label_chunk(i: jax.Array, labels: Labels) -> Labels:
+            chunk_key = jax.random.fold_in(key, i * num_devices + jax.lax.axis_index("batch"))
+            new = make_labels(params, chunk_key, observation[chunks[i, 0]], model)
+            return jax.tree.map(lambda x, y: x.at[chunks[i, 0]].set(y, mode="drop"), labels, new)
 
-    labels = label_chunks(state.target_params, jax.random.split(key, num_chunks), chunks)
-    labels = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], labels)
-    return jax.lax.with_sharding_constraint(labels, whole)
+        shapes = jax.eval_shape(functools.partial(make_labels, model=model), params, key, observation)
+        labels = jax.lax.fori_loop(0, count, label_chunk, jax.tree.map(jnp.zeros_like, shapes))
+        return jax.lax.psum(labels, "batch")
+
+    key, count = jax.random.fold_in(labels_key, updates[0]), -(-is_read.sum() // (num_devices * size))
+    return label_rows(state.target_params, key, observation, count, chunks.reshape(num_rows, num_devices, size))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def update_many(
-    state: TrainState, count: jax.Array, data: Steps, labels: Labels, model: Model
-) -> tuple[TrainState, dict]:
+def update_many(state: TrainState, count: jax.Array, data: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
     """Makes `count` updates in one compiled loop and sums their metrics. data and labels are the whole dataset's, [N]."""
 
     def next_update(state: TrainState) -> tuple[TrainState, dict]:
-        sample_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        index = sample_windows(sample_key, len(data.action), model.args)
+        windows_key, actions_key, _ = jax.random.split(state.key, 3)
+        index = sample_windows(jax.random.fold_in(windows_key, state.step), len(data.action), model.args)
         batch, batch_labels = jax.tree.map(lambda x: x[index], (data, labels))
-        return update(state, update_key, batch, batch_labels, model)
+        return update(state, jax.random.fold_in(actions_key, state.step), batch, batch_labels, model)
 
     def body(_: jax.Array, carry: tuple[TrainState, dict]) -> tuple[TrainState, dict]:
         state, metrics = next_update(carry[0])
         return state, jax.tree.map(jnp.add, carry[1], metrics)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(next_update, state)[1])
-    return jax.lax.fori_loop(0, count, body, (state, zeros))
+    return jax.lax.fori_loop(0, count, body, (state, jax.tree.map(jnp.zeros_like, jax.eval_shape(next_update, state)[1])))
 
 
 # ------------------------------------------------------------------------------------------------ Acting and evaluation
-
-# Mean returns of random play and of the online DQN, between which scores are normalised.
-REFERENCE_RETURNS = {"catch": (-0.667, 1.0), "cartpole": (64.833, 1001.0), "mountain_car": (-1000.0, -102.167)}
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -466,10 +469,9 @@ def evaluate(state: TrainState, model: Model) -> dict[str, float]:
                 running_return[i] = running_length[i] = 0
                 episodes_left[i] -= 1
                 timesteps[i] = environments[i].reset()
-    random_play, online_dqn = REFERENCE_RETURNS[args.env_id]
     return {f"eval/return_{name}": float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")} | {
         "eval/length_mean": float(np.mean(lengths)),
-        "eval/normalized_score": float((np.mean(returns) - random_play) / (online_dqn - random_play)),
+        "eval/normalized_score": normalized_score(args.env_id, float(np.mean(returns))),
         "eval/episodes": len(returns),
     }
 
@@ -505,8 +507,7 @@ def main(args: Args) -> int:
     seconds = {"compile": time.perf_counter() - start, "update": 0.0, "evaluation": 0.0}
     progress = Progress(step, args.total_steps, "--total-steps 20000 suits a CPU", args.target_update_interval)
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
-    sums: dict[str, float] = {}
-    logged_step, logged_seconds = step, 0.0
+    sums, logged_step, logged_seconds = dict[str, float](), step, 0.0
     while step < args.total_steps and not stopped_by:
         start = time.perf_counter()
         if step % args.target_update_interval == 0 and step != first_step:

@@ -63,6 +63,16 @@ class NoisyActions(dm_env.Environment):
         return self._environment.action_spec()
 
 
+# Mean returns of random play and of the online DQN, between which scores are normalised.
+REFERENCE_RETURNS = {"catch": (-0.667, 1.0), "cartpole": (64.833, 1001.0), "mountain_car": (-1000.0, -102.167)}
+
+
+def normalized_score(env_id: str, mean_return: float) -> float:
+    """(return - random play) / (online DQN - random play)."""
+    random_play, online_dqn = REFERENCE_RETURNS[env_id]
+    return (mean_return - random_play) / (online_dqn - random_play)
+
+
 def make_environment(env_id: str, seed: int, noise: float = 0.0) -> NoisyActions:
     """Makes a bsuite environment. Raises InputError for an unknown name, with the closest known one."""
     if env_id not in ENVIRONMENTS:

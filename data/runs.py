@@ -31,7 +31,7 @@ from data.dataset import InputError
 
 ArgsT = TypeVar("ArgsT")
 State = TypeVar("State")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bsuite")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mctx", "numpy", "bsuite")
 # Settings that --resume may change: to change any other would make another run of it.
 CHANGEABLE = {
     *("total_steps", "resume", "run_dir", "data_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "eval_envs"),
@@ -77,10 +77,11 @@ def check_args(args: Any) -> None:
     for name, value in dataclasses.asdict(args).items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        zero = name in ("cpu_devices", "seed", "noise", "warmup_steps") or name.endswith(("_coef", "_scale", "weight_decay"))
+        zero = name in ("cpu_devices", "seed", "noise", "warmup_steps", "dirichlet_fraction", "temperature")
+        zero = zero or name.endswith(("_coef", "_scale", "weight_decay"))
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             raise InputError(f"{flag(name)} must be {'at least' if zero else 'above'} 0, not {value}")
-        if name in ("data_fraction", "noise", "discount", "learning_rate_decay") and value > 1:
+        if name in ("data_fraction", "noise", "discount", "learning_rate_decay", "dirichlet_fraction") and value > 1:
             raise InputError(f"{flag(name)} must be at most 1, not {value}")
     if args.num_bins < 3:
         raise InputError(f"--num-bins must be at least 3, not {args.num_bins}")

@@ -25,6 +25,21 @@ def load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, ast.literal_eval(str(arrays.pop("config", "{}")))
 
 
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The authors' configuration under the names of a script's Args."""
+    names = {
+        "batch_size", "unroll_steps", "num_bins", "value_coef", "policy_coef", "learning_rate", "warmup_steps",
+        "learning_rate_decay", "weight_decay", "max_grad_norm", "target_update_interval",
+    }  # fmt: skip
+    others = {"bootstrap_steps": config["td_steps"], "discount": config["discount_factor"]}
+    return {name: config[name] for name in names} | others
+
+
+def relative(ours: Any, theirs: np.ndarray) -> float:
+    """The largest difference, relative to the largest of their numbers."""
+    return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
+
+
 def parameters(arrays: dict[str, np.ndarray], which: str) -> dict[str, Any]:
     """params0, target0 or params6 as the variables of a BSuite model."""
     tree: dict[str, Any] = {"params": {}}
