@@ -340,8 +340,7 @@ def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax
         "policy_loss": -jnp.sum(targets.policy * log_policy, axis=-1).mean(),
         "policy_entropy": -jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1).mean(),
     }
-    total = metrics["reward_loss"] + args.value_coef * metrics["value_loss"]
-    total += args.policy_coef * metrics["policy_loss"]
+    total = metrics["reward_loss"] + args.value_coef * metrics["value_loss"] + args.policy_coef * metrics["policy_loss"]
     return total, metrics | {"total_loss": total}
 
 
@@ -369,7 +368,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
     """The state before the first update."""
     init_key, key = jax.random.split(jax.random.PRNGKey(model.args.seed))
-    init = nn.init(lambda net, *x: net.prediction(net.dynamics(net.representation(x[0]), x[1])), model)
+    init = jax.jit(nn.init(lambda net, *x: net.prediction(net.dynamics(net.representation(x[0]), x[1])), model))
     params = init(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros(1, jnp.int32))
     optimizer_state = make_optimizer(model.args).init(params)
     state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)

@@ -56,12 +56,11 @@ def parse_args(args_type: type[ArgsT], script: Path, description: str | None, ar
         return args
     try:
         run = json.loads((args.resume / "args.json").read_text())
+        if run["script"] != script.stem:
+            raise InputError(f"{args.resume} is a run of {run['script']}.py, not of {script.name}")
         saved = {field.name: run["args"][field.name] for field in dataclasses.fields(args_type)}  # type: ignore[arg-type]
-        script_of_run = run["script"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{args.resume} is not the folder of a run that can be resumed: {error!r}") from None
-    if script_of_run != script.stem:
-        raise InputError(f"{args.resume} is a run of {script_of_run}.py, not of {script.name}")
     saved |= {"data_dir": saved["data_dir"] and Path(saved["data_dir"]), "resume": args.resume, "run_dir": args.resume}
     saved |= {"eval_only": False}
     args = tyro.cli(args_type, args=argv, description=description, default=args_type(**saved))

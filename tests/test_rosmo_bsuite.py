@@ -1,6 +1,7 @@
 """rosmo_bsuite.py: windows and masks, acting, running, stopping, resuming, errors, and learning."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -20,11 +21,11 @@ import pytest
 import rosmo_bsuite as rosmo
 from data.dataset import InputError, open_dataset
 from data.record_bsuite import make_environment
-from data.runs import Checkpoints, parse_args
+from data.runs import Checkpoints
+from tests import programs
+from tests.programs import SMALL, assert_same_state, last_state, metrics
 
-SCRIPT = Path(rosmo.__file__)
 ARGS = rosmo.Args(unroll_steps=3, bootstrap_steps=2)
-SMALL = ["--batch-size", "16", "--eval-episodes", "4", "--eval-envs", "3", "--log-interval", "10"]
 
 
 def windows(lengths: list[int], window: int) -> rosmo.Steps:
@@ -154,27 +155,9 @@ def test_evaluation_counts_every_environment_alike(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- Runs
 
 
-def run(arguments: list[str]) -> int:
-    return rosmo.main(parse_args(rosmo.Args, SCRIPT, None, arguments))
-
-
-def program(*arguments: object, **options) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def parameters(run_dir: Path, *flags: str):
-    args = parse_args(rosmo.Args, SCRIPT, None, ["--resume", str(run_dir), *flags])
-    model = rosmo.Model(3, args)
-    return Checkpoints(run_dir).restore(rosmo.init_state((10, 5), model))
-
-
-def assert_same_state(first: rosmo.TrainState, second: rosmo.TrainState) -> None:
-    assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), first, second))
+run = functools.partial(programs.run, rosmo)
+program = functools.partial(programs.program, rosmo)
+parameters = functools.partial(last_state, rosmo)
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +320,7 @@ def test_loss_that_is_not_finite_stops_the_run(flags, tmp_path):
         (["--num-bins", "2"], "--num-bins must be at least 3"),
         (["--weight-decay", "-1"], "--weight-decay must be at least 0"),
         (["--eval-only"], "--eval-only needs --resume"),
+        (["--num-simulations", "8"], "--num-simulations has no part in the exact target: name --sampling too"),
         (["--data-dir", "nowhere"], "there is no dataset folder nowhere"),
         (["--resume", "nowhere"], "nowhere is not the folder of a run"),
     ],

@@ -1,0 +1,39 @@
+"""Running the scripts from tests, in this process or as programs of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data.runs import Checkpoints, parse_args
+
+SMALL = ["--batch-size", "16", "--eval-episodes", "4", "--eval-envs", "3", "--log-interval", "10"]
+
+
+def run(script: Any, arguments: list[str]) -> int:
+    """The script's main() in this process."""
+    return script.main(parse_args(script.Args, Path(script.__file__), None, arguments))
+
+
+def program(script: Any, *arguments: object, **options: Any) -> subprocess.Popen:
+    """The script as a program, with its output in pipes."""
+    command = [sys.executable, script.__file__, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_state(script: Any, run_dir: Path) -> Any:
+    """The last checkpoint of a run on catch."""
+    args = parse_args(script.Args, Path(script.__file__), None, ["--resume", str(run_dir)])
+    return Checkpoints(run_dir).restore(script.init_state((10, 5), script.Model(3, args)))
+
+
+def assert_same_state(first: Any, second: Any) -> None:
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
