@@ -218,7 +218,7 @@ def to_scalar(logits: jax.Array) -> jax.Array:
 def one_step_advantage(params: Any, state: jax.Array, value: jax.Array, action: jax.Array, model: Model) -> jax.Array:
     """adv_g(s, a) = r_g(s, a) + gamma v(g(s, a)) - v(s): states [..., S], values [...], actions [..., N] to [..., N]."""
     net = model.bind(params)
-    states = jnp.broadcast_to(state[..., None, :], (*action.shape, state.shape[-1]))
+    states = jnp.repeat(jnp.expand_dims(state, action.ndim - 1), action.shape[-1], axis=action.ndim - 1)  # [..., N, S]
     after = net.prediction(net.dynamics(states, action))
     return to_scalar(after.reward_logits) + model.args.discount * to_scalar(after.value_logits) - value[..., None]
 

@@ -31,6 +31,7 @@ import tyro
 from rliable import library, metrics
 from tqdm import tqdm
 
+from data.dataset import InputError
 from data.record_bsuite import record_if_missing
 from data.runs import run_program
 
@@ -107,7 +108,7 @@ def points_of(study: str) -> list[Point]:
 
 
 def train(args: Args, point: Point, task: str, seed: int) -> list[dict]:
-    """Makes, resumes or only reads one run, and returns its evaluations. Raises RuntimeError if the run fails."""
+    """Makes, resumes or only reads one run, and returns its evaluations. Raises InputError if the run fails."""
     updates = dict(zip(args.tasks, args.updates, strict=True))[task]
     flags = {"env-id": task, "seed": seed, "total-steps": updates, "batch-size": args.batch_size} | point.flags
     flags |= {"eval-interval": updates // args.evaluations}
@@ -116,7 +117,8 @@ def train(args: Args, point: Point, task: str, seed: int) -> list[dict]:
 
     def evaluations() -> list[dict]:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [line for line in lines if "eval/return_mean" in line]
+        seconds = {line["step"]: line["time/update"] for line in lines if "time/update" in line}
+        return [line | {"update_seconds": seconds[line["step"]]} for line in lines if "eval/return_mean" in line]
 
     if not any(line["step"] == updates for line in evaluations()):
         cores = os.cpu_count() or 1
@@ -131,7 +133,7 @@ def train(args: Args, point: Point, task: str, seed: int) -> list[dict]:
         command = [sys.executable, str(ROOT / f"{point.script}.py"), *arguments]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if result.returncode != 0:
-            raise RuntimeError(f"the run {run_dir} failed: {result.stderr.strip()}")
+            raise InputError(f"{run_dir} stopped with exit code {result.returncode}: {result.stderr.strip()[-500:]}")
     return evaluations()
 
 
@@ -197,7 +199,9 @@ def draw(args: Args, rows: list[dict], path: Path, log: Callable[[str], None]) -
 
 def main(args: Args) -> int:
     if len(args.updates) != len(args.tasks):
-        sys.exit("error: --updates needs one number for each of --tasks")
+        raise InputError(f"--updates needs one number for each of the {len(args.tasks)} tasks")
+    if args.part is not None and not 0 <= args.part < args.parts:
+        raise InputError(f"--part is from 0 to --parts - 1, not {args.part}")
     jobs = [(point, task, seed) for point in points_of(args.study) for task in args.tasks for seed in args.seeds]
     if args.part is not None:
         jobs = jobs[args.part :: args.parts]
@@ -209,9 +213,9 @@ def main(args: Args) -> int:
         try:
             for future in tqdm(as_completed(futures), total=len(jobs), desc=args.study, unit="run"):
                 results[futures[future]] = future.result()
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            sys.exit(f"error: {error}; call this program again to go on" if isinstance(error, RuntimeError) else 130)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what is running goes on to its end, or gets the interrupt too
+            raise
     if args.part is not None:
         return 0
     rows = []

@@ -33,10 +33,28 @@ class InputError(Exception):
     """Something that the person at the keyboard can put right, in one sentence: programs print it and exit with 2."""
 
 
+class Rows:
+    """Some rows of an array that stays where it is, on disk for instance; indexing reads the rows asked for."""
+
+    def __init__(self, array: Any, rows: NDArray):
+        self._array, self._rows = array, rows
+        self.shape, self.dtype = (len(rows), *array.shape[1:]), array.dtype
+        self.nbytes = array.nbytes // max(1, len(array)) * len(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> NDArray:
+        return self._array[self._rows[index]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
+        return np.asarray(self[:], dtype)
+
+
 class Dataset(NamedTuple):
     """N steps in time order; arrays are NumPy arrays, memory-mapped when they come from open_dataset."""
 
-    observation: NDArray  # [N, ...] float32 or uint8
+    observation: NDArray | Rows  # [N, ...] float32 or uint8
     action: NDArray  # [N] int32
     reward: NDArray  # [N] float32
     is_first: NDArray  # [N] bool
@@ -272,5 +290,7 @@ def keep_fraction(data: Dataset, fraction: float, seed: int) -> Dataset:
     if len(edges) == 1:
         raise InputError(f"a fraction of {fraction} leaves none of the {episodes} episodes")
     kept = np.random.default_rng(seed).integers(edges[:-1], edges[1:])
-    mask = np.isin(np.cumsum(data.is_first) - 1, kept)
-    return Dataset(**{field: getattr(data, field)[mask] for field in FIELDS}, meta=data.meta)
+    rows = np.flatnonzero(np.isin(np.cumsum(data.is_first) - 1, kept))
+    kept_data = {field: getattr(data, field)[rows] for field in DTYPES}
+    frames = data.observation.dtype == np.uint8  # too many to copy
+    return Dataset(Rows(data.observation, rows) if frames else data.observation[rows], **kept_data, meta=data.meta)

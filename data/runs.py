@@ -3,6 +3,7 @@
     args.json         every setting, the dataset's meta.json, versions of the packages, git commit, devices
     metrics.jsonl     one JSON object a line: {"step": ..., "train/total_loss": ..., ...}
     checkpoints/      Orbax; whole or absent, the last two are kept
+    videos/           with --capture-video
 """
 
 import dataclasses
@@ -11,13 +12,15 @@ import importlib.metadata
 import json
 import math
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,11 +34,13 @@ from data.dataset import InputError
 
 ArgsT = TypeVar("ArgsT")
 State = TypeVar("State")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mctx", "numpy", "bsuite")
+Item = TypeVar("Item")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mctx", "numpy", "bsuite", "envpool", "gymnasium")
 # Settings that --resume may change: to change any other would make another run of it.
 CHANGEABLE = {
     *("total_steps", "resume", "run_dir", "data_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "eval_envs"),
     *("eval_only", "log_interval", "track", "wandb_project", "wandb_entity", "updates_per_call", "cpu_devices"),
+    *("data_place", "capture_video"),
 }
 
 
@@ -53,6 +58,10 @@ def parse_args(args_type: type[ArgsT], script: Path, description: str | None, ar
     args: Any = tyro.cli(args_type, args=argv, description=description)
     check_args(args)
     if args.resume is None:
+        for name, preset in getattr(args_type, "PRESETS", {}).items():  # a flag that changes several defaults at once
+            if getattr(args, name):
+                args = tyro.cli(args_type, args=argv, description=description, default=args_type(**{name: True}, **preset))
+        check_args(args)
         return args
     try:
         run = json.loads((args.resume / "args.json").read_text())
@@ -105,12 +114,16 @@ def open_run(args: Any, script: Path, dataset_meta: dict[str, Any]) -> Path:
     with suppress(OSError):  # there may be no git
         git = subprocess.run(["git", "-C", script.parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         commit = git.stdout.strip() or None
+    versions = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):  # a benchmark's environments are not needed by the other
+            versions[package] = importlib.metadata.version(package)
     settings = {
         "id": uuid.uuid4().hex[:8],
         "script": script.stem,
         "args": dataclasses.asdict(args) | {"data_dir": args.data_dir and args.data_dir.absolute()},
         "dataset": dataset_meta,
-        "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": sys.version.split()[0]} | versions,
         "git_commit": commit,
         "devices": [device.device_kind for device in jax.devices()],
     }
@@ -123,9 +136,7 @@ class Checkpoints:
     """The checkpoints of a run. save() returns when the checkpoint is whole; an error, a full disk say, is save()'s."""
 
     def __init__(self, run_dir: Path):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True)
         self._directory = run_dir / "checkpoints"
         self._manager = ocp.CheckpointManager(self._directory.absolute(), options=options)
 
@@ -173,11 +184,11 @@ class Log:
             except wandb.Error as error:
                 raise InputError(f"Weights & Biases cannot be reached ({error}); WANDB_MODE=offline does without") from None
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         if self._tracker is not None:
-            self._tracker.log(metrics, step=step)
+            self._tracker.log(dict(metrics), step=step)
 
     def close(self) -> None:
         self._file.close()
@@ -194,9 +205,7 @@ class Progress:
         self._hint_step = step + hint_after if jax.default_backend() == "cpu" else None
         self._hint = cpu_hint
         self._shown: dict[str, str] = {}
-        self._bar = tqdm(
-            initial=step, total=total_steps, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
+        self._bar = tqdm(initial=step, total=total_steps, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def update(self, step: int, loss: float, seconds: float, log: bool) -> None:
         """Shows the step, the loss and the time left; seconds: of all updates. Plain lines come only with `log`."""
@@ -216,11 +225,12 @@ class Progress:
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()
 
-    def print_scores(self, step: int, scores: dict[str, float]) -> None:
+    def print_scores(self, step: int, scores: Mapping[str, float | None]) -> None:
         self._shown["score"] = f"{scores['eval/return_mean']:.2f}"
+        normalized = scores["eval/normalized_score"]
         self.print(
             f"{step} updates: return {scores['eval/return_mean']:.3f} +- {scores['eval/return_std']:.3f} in "
-            f"{scores['eval/episodes']} episodes, normalised {scores['eval/normalized_score']:.3f}"
+            f"{scores['eval/episodes']} episodes" + ("" if normalized is None else f", normalised {normalized:.3f}")
         )
 
     def close(self) -> None:
@@ -240,6 +250,25 @@ def use_devices(batch_size: int, cpu_devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     if batch_size % jax.device_count() != 0:
         raise InputError(f"--batch-size {batch_size} cannot be shared by {jax.device_count()} devices")
+
+
+def prefetch(items: Iterator[Item], ahead: int = 4) -> Iterator[Item]:
+    """The same items, made ahead of their use in a thread; an error in the thread comes out where they are used."""
+    waiting: queue.Queue[tuple[Item | None, Exception | None]] = queue.Queue(maxsize=ahead)
+
+    def make() -> None:
+        try:
+            for item in items:
+                waiting.put((item, None))
+        except Exception as error:
+            waiting.put((None, error))
+
+    threading.Thread(target=make, daemon=True).start()
+    while True:
+        item, error = waiting.get()
+        if error is not None:
+            raise error
+        yield item  # type: ignore[misc]
 
 
 def catch_signals() -> list[int]:

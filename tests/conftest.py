@@ -1,3 +1,11 @@
+import os
+import tempfile
+
+# Programs that several tests compile, in this process or others, are compiled once.
+cache = tempfile.TemporaryDirectory(prefix="rosmo-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
 import jax
 import pytest
 

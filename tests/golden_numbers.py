@@ -16,7 +16,45 @@ BSUITE_LAYERS = {
     ("torso",): ["prediction|mlp/~/linear_0"],
     ("heads",): [f"prediction|mlp_{i}/~/linear_0" for i in (1, 3, 2)],
 }
-LEAVES = {"w": "kernel", "b": "bias"}
+
+
+def atari_layers(
+    representation_blocks: int, dynamics_blocks: int, prediction_blocks: int
+) -> dict[tuple[str, ...], list[str]]:
+    """Atari: the same, for networks with these numbers of residual blocks."""
+    layers: dict[tuple[str, ...], list[str]] = {}
+
+    def res_block(ours: tuple[str, ...], theirs: str, projected: bool = False) -> None:
+        for i in range(3 if projected else 2):
+            layers[(*ours, f"Conv_{i}")] = [f"{theirs}/~/conv2_d{f'_{i}' if i else ''}"]
+        for i in range(2):
+            layers[(*ours, f"LayerNorm_{i}")] = [f"{theirs}/~/layer_norm{f'_{i}' if i else ''}"]
+
+    def block(prefix: str, i: int) -> str:
+        return f"{prefix}/res_conv_block{f'_{i}' if i else ''}"
+
+    layers["encoder", "layers_0"] = ["representation|representation/conv2_d"]
+    numbers = [1, 2, 3, 5, *range(7, 7 + representation_blocks)]  # of the encoder's layers; 4 and 6 are poolings
+    for i, number in enumerate(numbers):
+        res_block(("encoder", f"layers_{number}"), block("representation|representation", i), projected=i == 1)
+    layers[("with_action",)] = ["transition|transition/conv2_d"]
+    layers[("state_norm",)] = ["transition|transition/layer_norm"]
+    for i in range(dynamics_blocks):
+        res_block(("transition", f"layers_{i}"), block("transition|transition", i))
+    for i in range(prediction_blocks):
+        res_block(("torso", f"layers_{i}"), block("prediction|prediction", i))
+    for i, head in enumerate(("reward", "value", "policy")):
+        suffix = ["", "_1", "_2"][i]
+        layers[head, "Conv_0"] = [f"prediction|prediction/conv2_d{suffix}"]
+        layers[head, "LayerNorm_0"] = [f"prediction|prediction/layer_norm{suffix}"]
+        for j in range(3):
+            number = 3 * i + j
+            layers[head, f"LayerNorm_{1 + j}"] = [f"prediction|prediction/layer_norm_{3 + number}"]
+            layers[head, f"Dense_{j}"] = [f"prediction|prediction/linear{f'_{number}' if number else ''}"]
+    return layers
+
+
+LEAVES = {"w": "kernel", "b": "bias", "scale": "scale", "offset": "bias"}
 
 
 def load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -40,13 +78,16 @@ def relative(ours: Any, theirs: np.ndarray) -> float:
     return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
 
 
-def parameters(arrays: dict[str, np.ndarray], which: str) -> dict[str, Any]:
-    """params0, target0 or params6 as the variables of a BSuite model."""
+def parameters(
+    arrays: dict[str, np.ndarray], which: str, layers: dict[tuple[str, ...], list[str]] = BSUITE_LAYERS
+) -> dict[str, Any]:
+    """params0, target0 or params6 as the variables of a Model."""
     tree: dict[str, Any] = {"params": {}}
-    for path, names in BSUITE_LAYERS.items():
+    for path, names in layers.items():
         node = tree["params"]
         for part in path:
             node = node.setdefault(part, {})
         for theirs, ours in LEAVES.items():
-            node[ours] = np.concatenate([arrays[f"{which}|{name}|{theirs}"] for name in names], axis=-1)
+            if f"{which}|{names[0]}|{theirs}" in arrays:
+                node[ours] = np.concatenate([arrays[f"{which}|{name}|{theirs}"] for name in names], axis=-1)
     return tree

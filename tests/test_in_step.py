@@ -19,6 +19,8 @@ def definitions(source: str) -> dict[str, str]:
         name = getattr(node, "name", None) or ast.unparse(node)
         if isinstance(node, ast.Expr):
             name = "docstring"
+        if isinstance(node, ast.ImportFrom) and node.module in ("typing", "collections.abc", "data.runs"):
+            name = f"from {node.module}"
         parts[name] = "\n".join(lines[end : node.end_lineno]).strip("\n")
         end = node.end_lineno or 0
     return parts
@@ -40,33 +42,75 @@ class Pair:
 TARGET = "policy target: search in place of the one-step look-ahead"
 BOOTSTRAP = "bootstrap value: the root's in place of the value head's"
 BEHAVIOR = "no behaviour cloning"
+ALGORITHMS: dict = {
+    "only_first": dict.fromkeys(("one_step_advantage", "sampled_one_step_target", "improve_policy"), TARGET),
+    "only_second": dict.fromkeys(("import mctx", "Search", "expand", "search"), TARGET),
+    "rewritten": {
+        "docstring": "another algorithm, another paper",
+        "make_labels": f"{TARGET}; {BOOTSTRAP}",
+        "act": "acting: the search's action in place of the improved policy's",
+    },
+    "without": {
+        "Labels": ("reward: ", f"{BEHAVIOR}, whose filter needs the reward's label"),
+        "Targets": ("behavior: ", BEHAVIOR),
+        "make_targets": ("behavio|advantage|now, after", BEHAVIOR),
+        "loss": ("behavior", BEHAVIOR),
+    },
+    "fields": {
+        "Args": {
+            "behavior_coef": BEHAVIOR,
+            "sampling": "of the one-step target",
+            "num_simulations": "the default: 4 samples, 20 simulations",
+            **dict.fromkeys(("search_depth", "dirichlet_fraction", "temperature", "policy_target", "tau"), TARGET),
+            "__post_init__": "which of these flags go together",
+        }
+    },
+}
+FRAMES = "frames are stacked, and too many for the device to hold or to label all of them beforehand"
+NETWORKS = "networks of convolutions"
+ENVIRONMENTS = "EnvPool in place of bsuite"
+IMPORTS = "of the other benchmark's environments and of what frames need"
+BENCHMARKS: dict = {
+    "only_first": {
+        "MLP": NETWORKS,
+        **dict.fromkeys(("label_dataset", "update_many"), FRAMES),
+        "from data.record_bsuite import make_environment, normalized_score, record_if_missing": IMPORTS,
+    },
+    "only_second": {
+        **dict.fromkeys(("conv", "layer_norm", "ResBlock", "Head"), NETWORKS),
+        **dict.fromkeys(("stack_frames", "batches", "update_windows", "import itertools"), FRAMES),
+        "from data.atari import make_environments, normalized_score, num_actions, write_video": IMPORTS,
+        "from data.record_atari import record_if_missing": IMPORTS,
+    },
+    "rewritten": {
+        "docstring": "another benchmark, other commands",
+        **dict.fromkeys(("from typing", "from collections.abc", "from data.runs"), IMPORTS),
+        **dict.fromkeys(("Steps", "sample_windows", "make_labels", "update"), FRAMES),
+        "per_device": "labels stay shared out over the devices",
+        "load_dataset": ENVIRONMENTS,
+        "Model": NETWORKS,
+        "act": "shapes of observations, in its docstring",
+        "evaluate": ENVIRONMENTS,
+        "main": "how batches come",
+    },
+    "fields": {
+        "Args": {
+            **dict.fromkeys(("env_id", "data_dir", "noise"), ENVIRONMENTS),
+            **dict.fromkeys(("unroll_steps", "bootstrap_steps", "num_bins"), "the paper's value for this benchmark"),
+            **dict.fromkeys(("dynamics_width", "channels", "representation_blocks", "dynamics_blocks"), NETWORKS),
+            **dict.fromkeys(("prediction_blocks", "head_channels", "head_width"), NETWORKS),
+            **dict.fromkeys(("data_place", "updates_per_call"), FRAMES),
+            **dict.fromkeys(("eval_interval", "log_interval"), "updates take longer"),
+            "capture_video": "bsuite has no pictures",
+            **dict.fromkeys(("cpu_size", "PRESETS"), "the paper's size does not suit a CPU"),
+        }
+    },
+}
 PAIRS = [
-    Pair(
-        "rosmo_bsuite.py",
-        "muzero_unplugged_bsuite.py",
-        only_first={"one_step_advantage": TARGET, "sampled_one_step_target": TARGET, "improve_policy": TARGET},
-        only_second={"import mctx": TARGET, "Search": TARGET, "expand": TARGET, "search": TARGET},
-        rewritten={
-            "docstring": "another algorithm, another paper",
-            "make_labels": f"{TARGET}; {BOOTSTRAP}",
-            "act": "acting: the search's action in place of the improved policy's",
-        },
-        without={
-            "Labels": ("reward: ", f"{BEHAVIOR}, whose filter needs the reward's label"),
-            "Targets": ("behavior: ", BEHAVIOR),
-            "make_targets": ("behavio|advantage|now, after", BEHAVIOR),
-            "loss": ("behavior", BEHAVIOR),
-        },
-        fields={
-            "Args": {
-                "behavior_coef": BEHAVIOR,
-                "sampling": "of the one-step target",
-                "num_simulations": "the default: 4 samples, 20 simulations",
-                **dict.fromkeys(("search_depth", "dirichlet_fraction", "temperature", "policy_target", "tau"), TARGET),
-                "__post_init__": "which of these flags go together",
-            }
-        },
-    )
+    Pair("rosmo_bsuite.py", "muzero_unplugged_bsuite.py", **ALGORITHMS),
+    Pair("rosmo_atari.py", "muzero_unplugged_atari.py", **ALGORITHMS),
+    Pair("rosmo_bsuite.py", "rosmo_atari.py", **BENCHMARKS),
+    Pair("muzero_unplugged_bsuite.py", "muzero_unplugged_atari.py", **BENCHMARKS),
 ]
 
 
@@ -120,7 +164,7 @@ def test_scripts_are_in_step(pair):
     assert not found, "\n\n".join(found)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.first}-{pair.second}")
+@pytest.mark.parametrize("pair", PAIRS[:2], ids=lambda pair: f"{pair.first}-{pair.second}")
 def test_scripts_differ_in_150_lines_at_most(pair):
     first, second = ((ROOT / name).read_text().splitlines() for name in (pair.first, pair.second))
     changed = [line for line in difflib.unified_diff(first, second, lineterm="", n=0) if re.match(r"[+-](?![+-]{2} )", line)]

@@ -1,0 +1,479 @@
+"""Records an Atari dataset in EnvPool: of random play, a simple program, a DQN that learns, or a trained agent.
+
+    python -m data.record_atari --env-id Breakout --policy scripted --steps 100000
+    python -m data.record_atari --env-id Seaquest --policy dqn --steps 1000000 --out datasets/atari/my_seaquest
+    python -m data.record_atari --env-id Pong --policy checkpoint --checkpoint runs/my_run --out datasets/atari/pong_rosmo
+
+As in RL Unplugged (Gulcehre et al. 2020, arXiv 2006.13888) frames are single, 84 x 84 and gray, actions are sticky with
+probability 0.25, rewards are clipped to [-1, 1], and an episode ends at game over (is_terminal) or after 27,000 steps. The
+episodes that are still running at the end are written as cut off. meta.json has the game's own, unclipped returns besides.
+"""
+
+import functools
+import importlib
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data.atari import check_game, default_folder, make_environments, num_actions
+from data.dataset import InputError, write_dataset
+from data.runs import Checkpoints, parse_args, run_program
+
+STEP_BYTES = 84 * 84 + 11  # a frame, and action, reward and flags
+DEFAULT_STEPS = 100_000  # of the dataset that the training scripts record where there is none
+
+
+@dataclass(frozen=True)
+class Args:
+    env_id: str  # the game, as in "MsPacman"
+    policy: Literal["random", "scripted", "dqn", "checkpoint"] = "random"  # who plays
+    steps: int = DEFAULT_STEPS  # to play in all, rounded up to what the environments play at once
+    seed: int = 0  # of the policy and the environments
+    num_envs: int = 16  # environments side by side; each keeps its running episode in memory, at most 190 MB
+    checkpoint: Path | None = None  # run whose agent plays, for --policy checkpoint
+    out: Path | None = None  # folder to make; by default where the training scripts look for it, under datasets/atari/
+
+
+# --------------------------------------------------------------------------------------------------------- Environments
+
+
+class Step(NamedTuple):
+    """What the V environments show after a step. The action at is_last is ignored: the environment resets."""
+
+    observation: NDArray  # [V, 4, 84, 84] uint8, newest frame last
+    ram: NDArray  # [V, 128] uint8, the console's memory
+    reward: NDArray  # [V] float32, the game's, on the way here; 0 at is_first
+    is_first: NDArray  # [V] bool
+    is_last: NDArray  # [V] bool
+    is_terminal: NDArray  # [V] bool, game over
+
+
+def first_step(environments: Any) -> Step:
+    observation, info = environments.reset()
+    nothing = np.zeros(len(observation), bool)
+    return Step(observation, info["ram"], np.zeros(len(observation), np.float32), ~nothing, nothing, nothing)
+
+
+def next_step(environments: Any, action: NDArray) -> Step:
+    observation, reward, terminated, truncated, info = environments.step(action.astype(np.int32))
+    # Game over just at the limit counts as truncated in EnvPool, but it is game over.
+    is_last = terminated | truncated
+    return Step(observation, info["ram"], reward, info["elapsed_step"] == 0, is_last, is_last & (info["terminated"] == 1))
+
+
+# ------------------------------------------------------------------------------------------------- Random and scripted
+
+
+class RandomPolicy:
+    """Uniform actions. Policies turn a Step into actions [V], and end with what they add to meta.json."""
+
+    source = "uniformly random actions"
+
+    def __init__(self, num_actions: int, seed: int):
+        self._num_actions = num_actions
+        self._random = np.random.default_rng([seed, 1])  # not the environments' stream
+
+    def __call__(self, step: Step) -> NDArray:
+        return self._random.integers(self._num_actions, size=len(step.reward))
+
+    def meta(self) -> dict[str, Any]:
+        return {}
+
+
+# The scripts take the memory [V, 128] now and a step before, as int, and the steps since the episode's start [V], and return
+# actions [V] of the minimal action set. Where the memory has what: Anand et al. 2019, arXiv 1906.08226.
+
+
+def play_breakout(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
+    """Goes where the ball will be in two steps; fires where there is no ball."""
+    ball_x, ball_y, paddle = ram[:, 99], ram[:, 101], ram[:, 72]
+    speed_x, speed_y = ball_x - before[:, 99], ball_y - before[:, 101]
+    steps_left = np.where(speed_y > 0, (178 - ball_y) / np.maximum(speed_y, 1), 0)  # until the ball is at the paddle
+    ahead = (ball_x + speed_x * np.clip(steps_left, 0, 2) - 57) % 286
+    target = 57 + np.minimum(ahead, 286 - ahead)  # reflected by the walls
+    offset = target - (paddle + 8) - 0.5 * (paddle - before[:, 72])  # the paddle slides on
+    move = np.where(offset > 7, 2, np.where(offset < -7, 3, 0))  # RIGHT, LEFT, NOOP
+    return np.where((ball_y == 0) | ((speed_x == 0) & (speed_y == 0)), 1, move)  # FIRE
+
+
+def play_pong(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
+    """Goes where the ball will be in a step."""
+    ball, paddle = ram[:, 54], ram[:, 51]
+    speed = ball - before[:, 54]
+    speed = np.where(np.abs(speed) < 30, speed, 0)  # else it is a new ball
+    offset = ball + speed - (paddle + 7) - 0.7 * (paddle - before[:, 51])
+    move = np.where(offset > 8, 3, np.where(offset < -8, 2, 0))  # LEFT is down, RIGHT is up
+    return np.where((ram[:, 49] == 0) | (ball == 0), 1, move)  # FIRE
+
+
+def play_freeway(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
+    """Walks on."""
+    return np.ones(len(ram), int)  # UP
+
+
+# By vertical and horizontal direction (up, none, down; left, none, right): moves, and moves with FIRE.
+MOVE = np.array([[7, 2, 6], [4, 0, 3], [9, 5, 8]])
+PUNCH = np.array([[15, 10, 14], [12, 1, 11], [17, 13, 16]])
+
+
+def play_boxing(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
+    """Comes near, a little above or below, where the gloves meet the nose, and punches every second step."""
+    x, y = ram[:, 33] - ram[:, 32], ram[:, 35] - ram[:, 34]  # from here to the opponent
+    horizontal = np.where(np.abs(x) > 24, np.sign(x), 0)
+    vertical = np.where(np.abs(y) < 3, np.where(y < 0, 1, -1), np.where(np.abs(y) > 12, np.sign(y), 0))
+    punch = (horizontal == 0) & (clock % 2 == 0)
+    return np.where(punch, PUNCH[vertical + 1, horizontal + 1], MOVE[vertical + 1, horizontal + 1])
+
+
+SCRIPTS: dict[str, Callable[[NDArray, NDArray, NDArray], NDArray]] = {
+    "Breakout": play_breakout,
+    "Pong": play_pong,
+    "Freeway": play_freeway,
+    "Boxing": play_boxing,
+}
+NOISE_LEVELS = (0.0, 0.1, 0.3, 0.6, 1.0)
+
+
+class ScriptedPolicy:
+    """A game's script. A uniform action replaces its own with a probability that episodes take in turn from NOISE_LEVELS."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int):
+        if env_id not in SCRIPTS:
+            raise InputError(f"there is no script that plays {env_id}, only {', '.join(SCRIPTS)}; --policy random plays any")
+        levels = ", ".join(map(str, NOISE_LEVELS))
+        self.source = f"a simple program that reads the game's memory, with noise of {levels}"
+        self._script = SCRIPTS[env_id]
+        self._num_actions = num_actions(env_id)
+        self._random = np.random.default_rng([seed, 1])  # not the environments' stream
+        self._before = np.zeros((num_envs, 128), int)
+        self._clock, self._level, self._return = np.zeros((3, num_envs), int)
+        self._episodes = 0  # begun
+        self._returns: dict[float, list[float]] = defaultdict(list)
+
+    def __call__(self, step: Step) -> NDArray:
+        num_envs, ram = len(step.reward), step.ram.astype(int)
+        new = np.flatnonzero(step.is_first)
+        self._level[new] = (self._episodes + np.arange(len(new))) % len(NOISE_LEVELS)
+        self._episodes += len(new)
+        self._clock = np.where(step.is_first, 0, self._clock + 1)
+        self._before = np.where(step.is_first[:, None], ram, self._before)
+        self._return = np.where(step.is_first, 0, self._return + step.reward)
+        for level, score in zip(self._level[step.is_last], self._return[step.is_last], strict=True):
+            self._returns[NOISE_LEVELS[level]].append(float(score))
+        action = self._script(ram, self._before, self._clock)
+        self._before = ram
+        noisy = self._random.random(num_envs) < np.array(NOISE_LEVELS)[self._level]
+        return np.where(noisy, self._random.integers(self._num_actions, size=num_envs), action)
+
+    def meta(self) -> dict[str, Any]:
+        """The game's returns at each noise level."""
+        return {"game_return_by_noise": {str(noise): summarize(self._returns[noise]) for noise in NOISE_LEVELS}}
+
+
+# ------------------------------------------------------------------------------------------------------------------ DQN
+
+
+class QNetwork(nn.Module):
+    """From stacks [B, 84, 84, 4] uint8 to action values [B, A] (Mnih et al. 2015)."""
+
+    num_actions: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        x = observation.astype(jnp.float32) / 255
+        for channels, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+            x = nn.relu(nn.Conv(channels, (size, size), stride, padding="VALID")(x))
+        return nn.Dense(self.num_actions)(nn.relu(nn.Dense(512)(x.reshape(len(x), -1))))
+
+
+class Transition(NamedTuple):
+    observation: Any  # [B, 84, 84, 4] uint8
+    action: Any  # [B] int
+    reward: Any  # [B] float32, clipped
+    discount: Any  # [B] float32, 0 at game over
+    next_observation: Any  # [B, 84, 84, 4] uint8
+
+
+class Replay:
+    """The latest steps, in a ring: row t has what the V environments showed, and the actions that they then got."""
+
+    def __init__(self, rows: int, num_envs: int, seed: int):
+        self._frame = np.zeros((rows, num_envs, 84, 84), np.uint8)
+        self._action = np.zeros((rows, num_envs), np.int32)
+        self._reward = np.zeros((rows, num_envs), np.float32)
+        self._is_first, self._is_last, self._is_terminal = np.zeros((3, rows, num_envs), bool)
+        self._random = np.random.default_rng([seed, 2])
+        self.rows = 0  # written since the start
+
+    def add(self, step: Step, action: NDArray) -> None:
+        row = self.rows % len(self._frame)
+        self._frame[row], self._action[row] = step.observation[:, -1], action
+        self._reward[row] = np.clip(step.reward, -1, 1)
+        self._is_first[row], self._is_last[row], self._is_terminal[row] = step.is_first, step.is_last, step.is_terminal
+        self.rows += 1
+
+    def sample(self, size: int) -> Transition:
+        """Draws uniformly from the transitions that are whole; four rows must have been written."""
+        t, v = np.zeros(0, int), np.zeros(0, int)
+        oldest = max(0, self.rows - len(self._frame))
+        oldest += 3 if oldest else 0  # the stack before it is overwritten
+        while len(t) < size:
+            new_t = self._random.integers(oldest, self.rows - 1, size=size)
+            new_v = self._random.integers(self._frame.shape[1], size=size)
+            acted = ~self._is_last[new_t % len(self._frame), new_v]
+            t, v = np.append(t, new_t[acted])[:size], np.append(v, new_v[acted])[:size]
+        row, after = t % len(self._frame), (t + 1) % len(self._frame)
+        discount = np.where(self._is_terminal[after, v], 0, 1).astype(np.float32)
+        return Transition(self._stack(t, v), self._action[row, v], self._reward[after, v], discount, self._stack(t + 1, v))
+
+    def _stack(self, t: NDArray, v: NDArray) -> NDArray:
+        """[B, 84, 84, 4]; where it would reach before its episode, it repeats the episode's first frame."""
+        frames = [t]
+        for _ in range(3):
+            frames.append(np.where(self._is_first[frames[-1] % len(self._frame), v], frames[-1], frames[-1] - 1))
+        return np.stack([self._frame[each % len(self._frame), v] for each in reversed(frames)], axis=-1)
+
+
+class DQNPolicy:
+    """Deep Q-learning from scratch (Mnih et al. 2015) with Dopamine's settings (Castro et al. 2018).
+
+    For short runs its schedules are shorter. It makes an update every four steps; its replay takes 7 kB of memory a step.
+    """
+
+    source = "a DQN learning from scratch"
+    batch_size, update_period, discount = 32, 4, 0.99
+
+    def __init__(self, num_actions: int, num_envs: int, steps: int, seed: int):
+        self._min_replay = min(20_000, steps // 20)
+        self._epsilon_steps = min(250_000, steps // 4)  # over which epsilon falls from 1 to 0.01
+        self._target_period = max(1, min(8_000, steps // 50) // self.update_period)  # updates
+        self._network = QNetwork(num_actions)
+        self._optimizer = optax.adam(6.25e-5, eps=1.5e-4)
+        params = jax.jit(self._network.init)(jax.random.key(seed), jnp.zeros((1, 84, 84, 4), jnp.uint8))
+        self._state = (params, jax.tree.map(jnp.copy, params), self._optimizer.init(params), jnp.int32(0))
+        self._greedy = jax.jit(lambda params, stack: jnp.argmax(jnp.asarray(self._network.apply(params, stack)), axis=-1))
+        self._replay = Replay(-(-min(steps, 1_000_000) // num_envs) + 4, num_envs, seed)
+        self._random = np.random.default_rng([seed, 1])  # not the environments' stream
+        self._num_actions = num_actions
+        self._updates_due = 0.0
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _learn(self, state: tuple, batch: Transition) -> tuple:
+        params, target_params, optimizer_state, count = state
+
+        def loss(params: Any) -> jax.Array:
+            q = jnp.asarray(self._network.apply(params, batch.observation))  # [B, A]
+            q = jnp.take_along_axis(q, batch.action[:, None], axis=1)[:, 0]
+            next_q = jnp.max(jnp.asarray(self._network.apply(target_params, batch.next_observation)), axis=1)
+            return optax.huber_loss(q, batch.reward + self.discount * batch.discount * next_q).mean()
+
+        updates, optimizer_state = self._optimizer.update(jax.grad(loss)(params), optimizer_state, params)
+        params = optax.apply_updates(params, updates)
+        return (
+            params,
+            optax.periodic_update(params, target_params, count + 1, self._target_period),
+            optimizer_state,
+            count + 1,
+        )
+
+    def __call__(self, step: Step) -> NDArray:
+        num_envs = len(step.reward)
+        played = self._replay.rows * num_envs
+        epsilon = max(0.01, 1 - 0.99 * max(0, played - self._min_replay) / self._epsilon_steps)
+        explore = self._random.random(num_envs) < epsilon
+        action = self._random.integers(self._num_actions, size=num_envs)
+        if not explore.all():
+            greedy = self._greedy(self._state[0], np.moveaxis(step.observation, 1, -1))
+            action = np.where(explore, action, np.asarray(greedy))
+        self._replay.add(step, action)
+        if played >= self._min_replay and self._replay.rows >= 4:
+            self._updates_due += num_envs / self.update_period
+            while self._updates_due >= 1:
+                self._state = self._learn(self._state, self._replay.sample(self.batch_size))
+                self._updates_due -= 1
+        return action
+
+    def meta(self) -> dict[str, Any]:
+        return {"updates": int(self._state[-1])}
+
+
+# ----------------------------------------------------------------------------------------------------------- Checkpoint
+
+
+class CheckpointPolicy:
+    """The agent of a run of rosmo_atari.py or muzero_unplugged_atari.py, at its last checkpoint."""
+
+    def __init__(self, env_id: str, run_dir: Path | None, seed: int):
+        """Raises InputError if there is no such run, it is not of this game, or its checkpoint cannot be read."""
+        if run_dir is None:
+            raise InputError("--policy checkpoint needs --checkpoint RUN_DIR")
+        try:
+            run = json.loads((run_dir / "args.json").read_text())
+            name, run_env_id = run["script"], run["args"]["env_id"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{run_dir} is not the folder of a run: {error!r}") from None
+        if name not in ("rosmo_atari", "muzero_unplugged_atari") or run_env_id != env_id:
+            raise InputError(f"{run_dir} is a run of {name}.py on {run_env_id}, no agent for {env_id}")
+        script = importlib.import_module(name)
+        args = parse_args(script.Args, Path(script.__file__ or ""), None, ["--resume", str(run_dir)])
+        self._model = script.Model(num_actions(env_id), args)
+        state = Checkpoints(run_dir).restore(script.init_state((84, 84, 4), self._model))
+        self._params, self._key = jax.device_put((state.params, jax.random.PRNGKey(seed)), jax.devices()[0])
+        self._act, self._updates = script.act, int(state.step)
+        self.source = f"the agent of {name}.py after {self._updates} updates"
+
+    def __call__(self, step: Step) -> NDArray:
+        self._key, key = jax.random.split(self._key)
+        return np.asarray(self._act(self._params, key, np.moveaxis(step.observation, 1, -1), self._model))
+
+    def meta(self) -> dict[str, Any]:
+        return {"updates": self._updates}
+
+
+# -------------------------------------------------------------------------------------------------------------- Recorder
+
+
+def check_disk(folder: Path, steps: int) -> None:
+    """Raises InputError if `folder` has no room for a dataset of so many steps."""
+    need = 1.02 * steps * STEP_BYTES  # with the episodes' last observations
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        sizes = f"about {need / 1e9:.2f} GB for {steps} steps, but {free / 1e9:.2f} GB are free there"
+        raise InputError(f"{folder} needs {sizes}; name fewer --steps or another --out")
+
+
+def make_policy(args: Args) -> Any:
+    """Raises InputError for a game without a script, or a checkpoint that is missing or of something else."""
+    if args.checkpoint is not None and args.policy != "checkpoint":
+        raise InputError("--checkpoint goes with --policy checkpoint")
+    if args.policy == "random":
+        return RandomPolicy(num_actions(args.env_id), args.seed)
+    if args.policy == "scripted":
+        return ScriptedPolicy(args.env_id, args.num_envs, args.seed)
+    if args.policy == "dqn":
+        return DQNPolicy(num_actions(args.env_id), args.num_envs, args.steps, args.seed)
+    return CheckpointPolicy(args.env_id, args.checkpoint, args.seed)
+
+
+def summarize(returns: list[float]) -> dict[str, float]:
+    """What meta.json says of the game's own returns of whole episodes."""
+    if not returns:
+        return {"episodes": 0}
+    return {"episodes": len(returns), "mean": float(np.mean(returns)), "min": min(returns), "max": max(returns)}
+
+
+def describe(name: str, summary: dict[str, float]) -> str:
+    """One line of what summarize() returns."""
+    if not summary["episodes"]:
+        return f"{name}: no episode came to its end"
+    scores = f"mean {summary['mean']:.2f}, from {summary['min']:.0f} to {summary['max']:.0f}"
+    return f"{name}: {scores}, in {summary['episodes']} whole episodes"
+
+
+def record(args: Args) -> Path:
+    """Records a dataset with progress on stderr, prints its returns on stdout, and returns its folder.
+
+    Raises InputError for impossible settings, a folder that exists already, or too little room on the disk.
+    """
+    if args.steps < 1:
+        raise InputError(f"the number of steps must be at least 1, not {args.steps}")
+    out = default_folder(args.env_id) if args.out is None else args.out
+    environments = make_environments(args.env_id, args.num_envs, args.seed)
+    if not out.exists():
+        check_disk(out, args.steps)
+    policy = make_policy(args)
+    frames: list[list[NDArray]] = [[] for _ in range(args.num_envs)]  # of the running episodes
+    actions: list[list[int]] = [[] for _ in range(args.num_envs)]
+    rewards: list[list[float]] = [[] for _ in range(args.num_envs)]
+    returns: list[float] = []  # the game's, of whole episodes
+    game_return: dict[str, float] = {}  # this and the next go into meta.json as they are when the block ends
+    policy_meta: dict[str, Any] = {"name": args.policy}
+    with (
+        write_dataset(
+            out, benchmark="atari", env_id=args.env_id, num_actions=num_actions(args.env_id), seed=args.seed,
+            source=f"{policy.source}, seed {args.seed}, recorded by data/record_atari.py", num_envs=args.num_envs,
+            sticky_actions=0.25, rewards_clipped=True, policy=policy_meta, game_return=game_return,
+        ) as writer,
+        tqdm(total=args.steps, unit="step", desc=f"recording {out}", mininterval=1) as progress,
+    ):  # fmt: skip
+
+        def write_episode(v: int, terminal: bool) -> None:
+            writer.add_episode(np.stack(frames[v]), np.array(actions[v]), np.clip(rewards[v], -1, 1), terminal)
+
+        step, steps, action = first_step(environments), 0, np.zeros(args.num_envs, int)
+        while True:
+            for v in range(args.num_envs):
+                if step.is_first[v]:
+                    frames[v], actions[v], rewards[v] = [], [], []
+                else:
+                    actions[v].append(action[v])
+                    rewards[v].append(step.reward[v])
+                frames[v].append(step.observation[v, -1].copy())
+                if step.is_last[v]:
+                    write_episode(v, step.is_terminal[v])
+                    returns.append(float(np.sum(rewards[v])))
+                    progress.set_postfix(episodes=len(returns), game_return=f"{np.mean(returns[-100:]):.2f}", refresh=False)
+            played = int(np.sum(~step.is_first))
+            steps += played
+            progress.update(min(played, args.steps - progress.n))
+            action = policy(step)
+            if steps >= args.steps:
+                break
+            step = next_step(environments, action)
+        for v in range(args.num_envs):
+            if actions[v] and not step.is_last[v]:
+                write_episode(v, terminal=False)
+        game_return |= summarize(returns)
+        if returns:
+            tenth = max(1, len(returns) // 10)
+            game_return |= {
+                "mean_first_tenth": float(np.mean(returns[:tenth])),
+                "mean_last_tenth": float(np.mean(returns[-tenth:])),
+            }
+        policy_meta |= policy.meta()
+    print(writer.summary(out))
+    print(describe("game score", game_return))
+    for noise, summary in policy_meta.get("game_return_by_noise", {}).items():
+        print(describe(f"with noise {noise}", summary))
+    return out
+
+
+def record_if_missing(env_id: str) -> Path:
+    """The default dataset's folder; what is not there yet is announced and recorded."""
+    folder = default_folder(env_id)
+    if not folder.exists():
+        check_game(env_id)  # a wrong name is an error before anything is announced
+        policy: Literal["random", "scripted"] = "scripted" if env_id in SCRIPTS else "random"
+        players = {
+            "scripted": "a simple program that reads the game's memory, with more and with less noise",
+            "random": "uniformly random play, from which little can be learned",
+        }
+        print(f"There is no dataset {folder}: recording {DEFAULT_STEPS:,} steps of {players[policy]}.")
+        print(
+            "This is not RL Unplugged's data and gives no score to compare; README.md says how to get the real ones.",
+            flush=True,
+        )
+        try:
+            record(Args(env_id, policy, DEFAULT_STEPS))
+        except InputError:
+            if not folder.exists():  # else another program has recorded it meanwhile
+                raise
+    return folder
+
+
+if __name__ == "__main__":
+    run_program(lambda: int(record(tyro.cli(Args, description=__doc__)) is None))

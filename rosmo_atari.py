@@ -1,0 +1,597 @@
+"""ROSMO on Atari in one file: offline reinforcement learning by a one-step look-ahead with a learned model.
+
+Liu, Li, Lee, Yan, Xu: "Efficient Offline Policy Optimization with a Learned Model", ICLR 2023 (arXiv 2210.05980).
+
+    python rosmo_atari.py --env-id Breakout               # the paper's settings, 200,000 updates: for GPUs
+    python rosmo_atari.py --env-id Breakout --cpu-size    # a network and a batch that suit a CPU
+    python rosmo_atari.py --resume RUN_DIR                # go on where a run was stopped
+    python rosmo_atari.py --resume RUN_DIR --eval-only    # score its last checkpoint
+
+In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), S the shape of a latent state
+(6 x 6 x channels), A the number of actions, N the steps of the dataset; h, g, f are representation, dynamics and prediction.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from data.atari import make_environments, normalized_score, num_actions, write_video
+from data.dataset import Dataset, InputError, check_fit, keep_fraction, open_dataset
+from data.record_atari import record_if_missing
+from data.runs import Checkpoints, Log, Progress, catch_signals, open_run, parse_args, prefetch, run_program, use_devices
+
+# ---------------------------------------------------------------------------------------------------------------- Args
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    env_id: str = "Breakout"  # the game, as in "MsPacman"
+    seed: int = 0  # everything random in the run follows from it
+    total_steps: int = 200_000  # updates to make
+    batch_size: int = 512  # windows per update
+    run_dir: Path | None = None  # folder to make for this run; by default runs/<env>__<script>__<seed>__<time>
+    resume: Path | None = None  # folder of a run to go on with; its settings are taken from there
+    checkpoint_interval: int = 10_000  # updates between checkpoints
+    data_dir: Path | None = None  # dataset folder; by default the game's under datasets/atari/, recorded if missing
+    data_fraction: float = 1.0  # fraction of the episodes to train on, evenly spaced over the dataset, chosen by seed
+    data_place: Literal["auto", "device", "host"] = "auto"  # where the frames are; auto: on an accelerator if they fit
+
+    unroll_steps: int = 5  # K, the steps that the model is unrolled
+    bootstrap_steps: int = 5  # n, the steps of the n-step return
+    discount: float = 0.997**4  # gamma
+    num_bins: int = 601  # bins of the reward and value distributions
+    channels: int = 64  # channels of a latent state
+    representation_blocks: int = 6  # residual blocks of the representation network at 6 x 6
+    dynamics_blocks: int = 2  # residual blocks of the dynamics network
+    prediction_blocks: int = 2  # residual blocks of the prediction network
+    head_channels: int = 128  # channels of the convolution of each of the three heads
+    head_width: int = 128  # hidden units of the two layers of each head
+    dynamics_gradient_scale: float = 0.5  # factor on the gradient into each next state
+    value_coef: float = 0.25  # weight of the value loss
+    policy_coef: float = 1.0  # weight of the policy loss
+    behavior_coef: float = 0.2  # weight of the filtered behaviour cloning; 0 is one-step without regularisation
+    sampling: bool = False  # sample num_simulations actions for the one-step target instead of trying every action
+    num_simulations: int = 4  # actions sampled per state, with --sampling
+    learning_rate: float = 7e-4  # peak learning rate
+    warmup_steps: int = 1_000  # updates over which the learning rate rises linearly from 0
+    learning_rate_decay: float = 0.1  # factor on the learning rate every learning_rate_decay_steps
+    learning_rate_decay_steps: int = 100_000  # updates between two decays, counted from the end of the warm-up
+    weight_decay: float = 1e-4  # AdamW's decay, on kernels only
+    max_grad_norm: float = 5.0  # global norm to which gradients are clipped
+    target_update_interval: int = 200  # updates between copies of the parameters to the target parameters
+
+    eval_interval: int = 20_000  # updates between evaluations
+    eval_episodes: int = 32  # episodes per evaluation
+    eval_envs: int = 32  # environments that play them side by side
+    eval_only: bool = False  # with --resume: score the last checkpoint, print the result and stop
+    capture_video: bool = False  # film an episode of every evaluation, into the run's videos/
+    log_interval: int = 100  # updates between lines of metrics.jsonl
+    track: bool = False  # log to Weights & Biases too
+    wandb_project: str = "rosmo"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases user or team
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks; parameters and losses stay float32
+    cpu_devices: int = 0  # without an accelerator, devices to split the batch over; 0 for as many as cores, at most 8
+    cpu_size: bool = False  # a size for CPUs: other defaults for the batch, the networks, the updates and the evaluations
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cpu_size": {"batch_size": 32, "channels": 16, "representation_blocks": 2, "dynamics_blocks": 1}
+        | {"prediction_blocks": 1, "head_channels": 16, "head_width": 64, "num_bins": 81, "total_steps": 20_000}
+        | {"eval_interval": 5_000, "eval_envs": 20, "eval_episodes": 20}
+    }
+
+    def __post_init__(self) -> None:
+        if not self.sampling and self.num_simulations != Args.num_simulations:
+            raise InputError("--num-simulations has no part in the exact target: name --sampling too")
+
+
+# -------------------------------------------------------------------------------------------------- Dataset and sampler
+
+
+class Steps(NamedTuple):
+    """Steps in time order: the whole dataset with leading axis [N], or a batch of windows with leading axes [B, T]."""
+
+    observation: jax.Array  # [..., 84, 84] uint8 frames, or [..., 84, 84, 4] stacks, newest frame last
+    action: jax.Array  # [...] int32
+    reward: jax.Array  # [...] float32
+    is_first: jax.Array  # [...] bool
+    is_last: jax.Array  # [...] bool
+
+
+def sharding(*axes: str) -> NamedSharding:
+    """sharding("batch") splits the leading axis over all devices, sharding() gives each device the whole."""
+    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), P(*axes))
+
+
+def per_device(*in_specs: P, out: P) -> Callable:
+    """Decorates a function that every device calls with its shares of the arguments."""
+    return functools.partial(jax.shard_map, mesh=sharding().mesh, in_specs=in_specs, out_specs=out, check_vma=False)
+
+
+def load_dataset(args: Args) -> Dataset:
+    """Opens the run's dataset, records the standard one if it is missing, and keeps a fraction of the episodes.
+
+    Raises InputError for a dataset that is missing, damaged, of another game, or too small for the settings.
+    """
+    data = open_dataset(args.data_dir or record_if_missing(args.env_id))
+    data = keep_fraction(data, args.data_fraction, args.seed) if args.data_fraction < 1 else data
+    window = args.unroll_steps + args.bootstrap_steps + 1
+    check_fit(data, args.env_id, num_actions(args.env_id), (84, 84), window, args.batch_size)
+    return data
+
+
+def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
+    """Indices [B, 3 + T] of windows, all starts alike, and of the three steps before each, whose frames its stacks need."""
+    window = args.unroll_steps + args.bootstrap_steps + 1
+    start = jax.random.randint(key, (args.batch_size,), 0, num_steps - window + 1)
+    start = jax.lax.with_sharding_constraint(start, sharding("batch"))
+    return jnp.maximum(start[:, None] + jnp.arange(-3, window), 0)
+
+
+def stack_frames(windows: Steps) -> Steps:
+    """[B, 3 + T] to [B, T] with stacks of four frames; one that would reach before its episode repeats the first frame."""
+    num_steps = windows.is_first.shape[1]
+    first = jax.lax.cummax(jnp.where(windows.is_first, jnp.arange(num_steps), 0), axis=1)  # the episode's, at every step
+    index = jnp.maximum(jnp.arange(3, num_steps)[:, None] + jnp.arange(-3, 1), first[:, 3:, None])  # [B, T, 4]
+    stacks = jax.vmap(lambda frames, index: frames[index])(windows.observation, index)  # [B, T, 4, 84, 84]
+    return jax.tree.map(lambda x: x[:, 3:], windows)._replace(observation=jnp.moveaxis(stacks, 2, -1))
+
+
+def batches(data: Dataset, key: jax.Array, step: int, args: Args) -> Iterator[Steps]:
+    """Windows [B, 3 + T] for update `step` and all after it, from device memory, host memory or disk."""
+    memory = jax.devices()[0].memory_stats() or {"bytes_limit": 0, "bytes_in_use": 0}  # a CPU tells none
+    fits = memory["bytes_limit"] - memory["bytes_in_use"] > 2 * data.observation.nbytes
+    windows_key = jax.random.split(key, 3)[0]
+    index = jax.jit(lambda t: sample_windows(jax.random.fold_in(windows_key, t), len(data.action), args))
+    if args.data_place == "device" or (args.data_place == "auto" and fits):
+        steps = jax.tree.map(np.asarray, Steps(*(getattr(data, field) for field in Steps._fields)))
+        steps = jax.device_put(steps, sharding())
+        gather = jax.jit(lambda steps, t: jax.tree.map(lambda x: x[index(t)], steps))
+        return (gather(steps, np.int32(t)) for t in itertools.count(step))
+
+    def read(t: int) -> Steps:
+        rows = np.asarray(index(np.int32(t)))
+        return jax.device_put(Steps(*(getattr(data, field)[rows] for field in Steps._fields)), sharding("batch"))
+
+    return prefetch(map(read, itertools.count(step)))
+
+
+# ------------------------------------------------------------------------------------------------------------- Networks
+
+
+class Prediction(NamedTuple):
+    policy_logits: jax.Array  # [..., A]
+    reward_logits: jax.Array  # [..., num_bins], of the reward on the way into the state
+    value_logits: jax.Array  # [..., num_bins]
+
+
+def conv(channels: int, dtype: str, size: int = 3, stride: int = 1) -> nn.Conv:
+    return nn.Conv(channels, (size, size), stride, use_bias=False, dtype=dtype)
+
+
+def layer_norm(dtype: str, axes: tuple[int, ...] = (-3, -2, -1)) -> nn.LayerNorm:
+    """Over height, width and channels together, with a scale and an offset for each channel."""
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, reduction_axes=axes, feature_axes=-1)
+
+
+class ResBlock(nn.Module):
+    """Residual block, normalised before its convolutions; with a stride it downsamples and projects its shortcut."""
+
+    channels: int
+    dtype: str
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(layer_norm(self.dtype)(x))
+        shortcut = x if self.stride == 1 else conv(self.channels, self.dtype, stride=self.stride)(y)
+        y = conv(self.channels, self.dtype, stride=self.stride)(y)
+        return shortcut + conv(self.channels, self.dtype)(nn.relu(layer_norm(self.dtype)(y)))
+
+
+class Head(nn.Module):
+    """From states [..., S] to float32 logits [..., size]."""
+
+    size: int
+    args: Args
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width, dtype = self.args.head_width, self.args.compute_dtype
+        x = conv(self.args.head_channels, dtype, size=1)(nn.relu(layer_norm(dtype)(x)))
+        x = nn.relu(layer_norm(dtype)(x))
+        x = x.reshape(*x.shape[:-3], -1)
+        for _ in range(2):
+            x = nn.relu(layer_norm(dtype, axes=(-1,))(nn.Dense(width, use_bias=False, dtype=dtype)(x)))
+        return nn.Dense(self.size, dtype=dtype, kernel_init=nn.initializers.zeros)(x).astype(jnp.float32)
+
+
+class Model(nn.Module):
+    """The learned model of MuZero (Schrittwieser et al. 2020): representation h, dynamics g and prediction f."""
+
+    num_actions: int
+    args: Args
+
+    def setup(self) -> None:
+        args, channels, dtype = self.args, self.args.channels, self.args.compute_dtype
+        # At the edges the mean of the cells that are there.
+        pool = functools.partial(nn.avg_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME", count_include_pad=False)
+        block = functools.partial(ResBlock, channels, dtype)
+        stem: list[Callable] = [
+            conv(channels // 2, dtype, stride=2),
+            ResBlock(channels // 2, dtype),
+        ]  # to [..., 42, 42, channels / 2]
+        stem += [block(stride=2), block(), pool, block(), pool]  # to 21 x 21, 11 x 11, 6 x 6, of all channels
+        self.encoder = nn.Sequential([*stem, *(block() for _ in range(args.representation_blocks))])
+        self.state_norm, self.with_action = layer_norm(dtype), conv(channels, dtype)
+        self.transition = nn.Sequential([block() for _ in range(args.dynamics_blocks)])
+        self.torso = nn.Sequential([block() for _ in range(args.prediction_blocks)])
+        sizes = (self.num_actions, args.num_bins, args.num_bins)
+        self.policy, self.reward, self.value = (Head(size, args) for size in sizes)
+
+    def representation(self, observation: jax.Array) -> jax.Array:
+        """h: observations [..., 84, 84, 4] uint8 to states [..., S]."""
+        return self.encoder(observation.astype(self.args.compute_dtype) / 255)
+
+    def dynamics(self, state: jax.Array, action: jax.Array) -> jax.Array:
+        """g: states [..., S] and actions [...] to next states [..., S]."""
+        one_hot = jax.nn.one_hot(action, self.num_actions, dtype=state.dtype)[..., None, None, :]
+        planes = jnp.broadcast_to(one_hot, (*state.shape[:-1], self.num_actions))
+        return self.transition(state + self.with_action(jnp.concatenate([nn.relu(self.state_norm(state)), planes], axis=-1)))
+
+    def prediction(self, state: jax.Array) -> Prediction:
+        """f: states [..., S] to float32 logits."""
+        after = self.torso(state)
+        return Prediction(self.policy(after), self.reward(state), self.value(after))
+
+
+# ----------------------------------------------------------------------------------------------------- Value transforms
+
+
+def value_transform(x: jax.Array) -> jax.Array:
+    """phi(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x (Pohlen et al. 2018, arXiv 1805.11593)."""
+    return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
+
+
+def inverse_value_transform(x: jax.Array) -> jax.Array:
+    """phi^-1, exactly; written as (sqrt(1 + u) - 1) = u / (sqrt(1 + u) + 1), which loses no digits to cancellation."""
+    y = jnp.abs(x) + 1 + 0.001
+    return jnp.sign(x) * (jnp.square(2 * y / (jnp.sqrt(1 + 4 * 0.001 * y) + 1)) - 1)
+
+
+def support(num_bins: int) -> jax.Array:
+    """The integers that the bins stand for, from -m on, m = (num_bins - 1) // 2."""
+    return jnp.arange(num_bins, dtype=jnp.float32) - (num_bins - 1) // 2
+
+
+def two_hot(x: jax.Array, num_bins: int) -> jax.Array:
+    """[...] to [..., num_bins]: weights of the two integers around x (clipped to [-m, m]) whose mean is x."""
+    limit = (num_bins - 1) // 2
+    return jnp.maximum(0, 1 - jnp.abs(jnp.clip(x, -limit, limit)[..., None] - support(num_bins)))
+
+
+def to_scalar(logits: jax.Array) -> jax.Array:
+    """[..., num_bins] to [...]: phi^-1 of the distribution's mean."""
+    return inverse_value_transform(jax.nn.softmax(logits) @ support(logits.shape[-1]))
+
+
+# --------------------------------------------------------------------------------------------------- Policy improvement
+
+
+def one_step_advantage(params: Any, state: jax.Array, value: jax.Array, action: jax.Array, model: Model) -> jax.Array:
+    """adv_g(s, a) = r_g(s, a) + gamma v(g(s, a)) - v(s): states [..., S], values [...], actions [..., N] to [..., N]."""
+    net = model.bind(params)
+    states = jnp.repeat(jnp.expand_dims(state, action.ndim - 1), action.shape[-1], axis=action.ndim - 1)  # [..., N, S]
+    after = net.prediction(net.dynamics(states, action))
+    return to_scalar(after.reward_logits) + model.args.discount * to_scalar(after.value_logits) - value[..., None]
+
+
+def sampled_one_step_target(action: jax.Array, advantage: jax.Array, num_actions: int) -> jax.Array:
+    """The target from N actions drawn from the prior (Muesli, Hessel et al. 2021): [..., N], [..., N] to [..., A].
+
+    Z_i = (1 + sum_j exp(adv_j) - exp(adv_i)) / N; p(a_i) += exp(adv_i) / (N Z_i). It weights -log pi; its sum is not 1.
+    """
+    weight = jnp.exp(advantage)
+    weight /= 1 + jnp.sum(weight, axis=-1, keepdims=True) - weight
+    return jnp.sum(weight[..., None] * jax.nn.one_hot(action, num_actions), axis=-2)
+
+
+def improve_policy(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, model: Model) -> jax.Array:
+    """The improved policy [..., A] at states [..., S] with their prediction: p(a) = prior(a) exp(adv_g(s, a)) / Z."""
+    logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)
+    if model.args.sampling:
+        draws = (model.args.num_simulations, *value.shape)
+        action = jnp.moveaxis(jax.random.categorical(key, logits, shape=draws), 0, -1)  # [..., N]
+        advantage = one_step_advantage(params, state, value, action, model)
+        return sampled_one_step_target(action, advantage, model.num_actions)
+    action = jnp.broadcast_to(jnp.arange(model.num_actions), logits.shape)  # [..., A]
+    return jax.nn.softmax(logits + one_step_advantage(params, state, value, action, model))
+
+
+# ----------------------------------------------------------------------------------------------------------------- Loss
+
+
+class Labels(NamedTuple):
+    """What the target parameters say of steps, with the leading axes of Steps."""
+
+    reward: jax.Array  # [...], predicted on the way into the step's state
+    value: jax.Array  # [...]
+    policy: jax.Array  # [..., A], improved
+
+
+class Targets(NamedTuple):
+    action: jax.Array  # [B, K] int32, the actions to unroll
+    reward: jax.Array  # [B, K]
+    value: jax.Array  # [B, K+1]
+    policy: jax.Array  # [B, K+1, A]
+    behavior: jax.Array  # [B, K+1] bool, whether to clone the data's action
+
+
+def make_labels(target_params: Any, key: jax.Array, observation: jax.Array, model: Model) -> Labels:
+    """Labels [B, T] of the observations [B, T, 84, 84, 4] of windows; the improved policy [B, K+1, A] of the first K + 1."""
+    net = model.bind(target_params)
+    state = net.representation(observation)
+    prediction = net.prediction(state)
+    first, first_prediction = jax.tree.map(lambda x: x[:, : model.args.unroll_steps + 1], (state, prediction))
+    policy = improve_policy(target_params, key, first, first_prediction, model)
+    return Labels(to_scalar(prediction.reward_logits), to_scalar(prediction.value_logits), policy)
+
+
+def n_step_return(reward: jax.Array, is_last: jax.Array, value: jax.Array, args: Args) -> jax.Array:
+    """z_t = sum_{i<n} D_i r_{t+i} + D_n v_{t+n}, D_0 = 1, D_{i+1} = D_i gamma (1 - is_last_{t+i+1}): [B, T] to [B, K+1]."""
+    length = args.unroll_steps + 1
+    result, discount = jnp.zeros_like(value[:, :length]), jnp.ones_like(value[:, :length])
+    for i in range(args.bootstrap_steps):
+        result += discount * reward[:, i : i + length]
+        discount *= args.discount * ~is_last[:, i + 1 : i + 1 + length]
+    return result + discount * value[:, args.bootstrap_steps :]
+
+
+def random_actions(key: jax.Array, shape: tuple[int, ...], num_actions: int) -> jax.Array:
+    """Uniform actions, to unroll after an episode's end."""
+    return jax.random.randint(key, shape, 0, num_actions)
+
+
+def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Targets:
+    """Targets of windows [B, T]; what lies after an episode's last step in the window is an absorbing state."""
+    k, length, num_actions = args.unroll_steps, args.unroll_steps + 1, labels.policy.shape[-1]
+    ended = jax.lax.cummax(batch.is_last[:, :length].astype(int), axis=1) == 1  # any is_last in 0..t
+    restarted = jax.lax.cummax(batch.is_first[:, 1 : length + 1].astype(int), axis=1) == 1  # any is_first in 1..t+1
+    # The behaviour filter H(adv_t), H(x) = 1 for x >= 0, with the advantage at the observed next state.
+    now, after = labels.value[:, :length], slice(1, length + 1)
+    advantage = labels.reward[:, after] + args.discount * labels.value[:, after] - now
+    return Targets(
+        action=jnp.where(restarted[:, :k], random_actions(key, (len(ended), k), num_actions), batch.action[:, :k]),
+        reward=jnp.where(restarted[:, :k], 0, batch.reward[:, :k]),
+        value=jnp.where(ended, 0, n_step_return(batch.reward, batch.is_last, labels.value, args)),
+        policy=jnp.where(ended[..., None], 1 / num_actions, labels.policy[:, :length]),
+        behavior=(advantage >= 0) & ~restarted,
+    )
+
+
+def scale_gradient(x: jax.Array, scale: float) -> jax.Array:
+    """x itself, with its gradient multiplied by scale."""
+    return scale * x + jax.lax.stop_gradient((1 - scale) * x)
+
+
+def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax.Array, dict]:
+    """The training loss, a mean over steps and windows, and the metrics to log."""
+    args, net = model.args, model.bind(params)
+    states = [net.representation(batch.observation[:, 0])]  # of the online encodings only o_0's is used
+    for i in range(args.unroll_steps):
+        states.append(scale_gradient(net.dynamics(states[-1], targets.action[:, i]), args.dynamics_gradient_scale))
+    prediction = net.prediction(jnp.stack(states, axis=1))  # [B, K+1, ...]
+    log_policy = jax.nn.log_softmax(prediction.policy_logits)
+    behavior_action = batch.action[:, : args.unroll_steps + 1, None]
+
+    def cross_entropy(logits: jax.Array, scalar: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy(logits, two_hot(value_transform(scalar), args.num_bins)).mean()
+
+    metrics = {
+        "reward_loss": cross_entropy(prediction.reward_logits[:, 1:], targets.reward),
+        "value_loss": cross_entropy(prediction.value_logits, targets.value),
+        "policy_loss": -jnp.sum(targets.policy * log_policy, axis=-1).mean(),
+        "behavior_loss": -(targets.behavior * jnp.take_along_axis(log_policy, behavior_action, axis=-1)[..., 0]).mean(),
+        "policy_entropy": -jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1).mean(),
+        "behavior_fraction": targets.behavior.mean(),
+    }
+    total = metrics["reward_loss"] + args.value_coef * metrics["value_loss"] + args.policy_coef * metrics["policy_loss"]
+    total += args.behavior_coef * metrics["behavior_loss"]
+    return total, metrics | {"total_loss": total}
+
+
+# ---------------------------------------------------------------------------------------------------------- Update step
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # [] int32, updates made
+    params: Any
+    target_params: Any
+    optimizer_state: Any
+    key: jax.Array  # stays as it is: update t draws from fold_in(key, t)
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW: warm-up to the peak, staircase decay, weight decay on kernels only."""
+    schedule = optax.warmup_exponential_decay_schedule(
+        0.0, args.learning_rate, args.warmup_steps, args.learning_rate_decay_steps, args.learning_rate_decay, staircase=True
+    )
+    kernels = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
+    adamw = optax.adamw(schedule, weight_decay=args.weight_decay, mask=kernels)
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adamw)
+
+
+def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
+    """The state before the first update."""
+    init_key, key = jax.random.split(jax.random.PRNGKey(model.args.seed))
+    init = jax.jit(nn.init(lambda net, *x: net.prediction(net.dynamics(net.representation(x[0]), x[1])), model))
+    params = init(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros(1, jnp.int32))
+    optimizer_state = make_optimizer(model.args).init(params)
+    state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
+    return jax.device_put(state, sharding())
+
+
+def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
+    """One update on one batch of windows [B, T] with their labels [B, T]."""
+
+    @per_device(P(), P("batch"), P("batch"), out=P())
+    def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict]:
+        """Each device takes its share of the batch; gradient and metrics are averaged in a single exchange."""
+        flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
+        return unravel(jax.lax.pmean(flat, "batch"))
+
+    gradient, metrics = mean_gradient(state.params, batch, make_targets(key, batch, labels, model.args))
+    updates, optimizer_state = make_optimizer(model.args).update(gradient, state.optimizer_state, state.params)
+    params, step = optax.apply_updates(state.params, updates), state.step + 1
+    target_params = optax.periodic_update(params, state.target_params, step, model.args.target_update_interval)
+    metrics |= {"grad_norm": optax.tree.norm(gradient), "param_norm": optax.tree.norm(params)}
+    return TrainState(step, params, target_params, optimizer_state, state.key), metrics
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def update_windows(state: TrainState, windows: Steps, model: Model) -> tuple[TrainState, dict]:
+    """One update on windows with history [B, 3 + T]."""
+
+    @per_device(P(), P(), P("batch"), out=P("batch"))
+    def label(target_params: Any, key: jax.Array, observation: jax.Array) -> Labels:
+        """Each device labels its share of the batch."""
+        return make_labels(target_params, jax.random.fold_in(key, jax.lax.axis_index("batch")), observation, model)
+
+    _, actions_key, labels_key = (jax.random.fold_in(key, state.step) for key in jax.random.split(state.key, 3))
+    batch = stack_frames(windows)
+    return update(state, actions_key, batch, label(state.target_params, labels_key, batch.observation), model)
+
+
+# ------------------------------------------------------------------------------------------------ Acting and evaluation
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> jax.Array:
+    """Actions [V] at observations [V, 84, 84, 4] uint8, drawn from the improved policy (with sampling, from the prior)."""
+    net = model.bind(params)
+    state = net.representation(observation)
+    prediction = net.prediction(state)
+    if model.args.sampling:
+        return jax.random.categorical(key, prediction.policy_logits)
+    return jax.random.categorical(key, jnp.log(improve_policy(params, key, state, prediction, model)))
+
+
+def evaluate(state: TrainState, model: Model, video: Path | None = None) -> dict[str, float | None]:
+    """Plays eval_episodes episodes in the real environment and returns the "eval/..." metrics.
+
+    How many episodes each environment plays is fixed beforehand, so that short episodes do not count more often.
+    video: where to film the first environment's first episode.
+    """
+    args, step = model.args, int(state.step)
+    num_envs = min(args.eval_envs, args.eval_episodes)
+    episodes_left = args.eval_episodes // num_envs + (np.arange(num_envs) < args.eval_episodes % num_envs)
+    env_seed, act_seed = np.random.SeedSequence([args.seed, step]).generate_state(2).tolist()
+    environments = make_environments(args.env_id, num_envs, env_seed % 2**31)
+    params, key = jax.device_put((state.params, jax.random.PRNGKey(act_seed)), jax.devices()[0])
+    observation, _ = environments.reset()  # [V, 4, 84, 84]
+    returns, lengths, running_return, running_length = [], [], np.zeros(num_envs), np.zeros(num_envs, int)
+    film, first_left = [observation[0, -1]], episodes_left[0]
+    is_reset = np.zeros(num_envs, bool)  # the step after an episode's end resets; it ignores its action and is not counted
+    while episodes_left.any():
+        key, act_key = jax.random.split(key)
+        action = np.asarray(act(params, act_key, np.moveaxis(observation, 1, -1), model))
+        observation, reward, terminated, truncated, _ = environments.step(action)
+        running_return += np.where(is_reset, 0, reward)
+        running_length += ~is_reset
+        is_reset = terminated | truncated
+        film += [observation[0, -1]] if video and episodes_left[0] == first_left else []
+        for i in np.flatnonzero(is_reset & (episodes_left > 0)):
+            returns.append(running_return[i])
+            lengths.append(running_length[i])
+            episodes_left[i] -= 1
+        running_return[is_reset], running_length[is_reset] = 0, 0
+    if video:
+        write_video(video, film)
+    return {f"eval/return_{name}": float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")} | {
+        "eval/length_mean": float(np.mean(lengths)),
+        "eval/normalized_score": normalized_score(args.env_id, float(np.mean(returns))),
+        "eval/episodes": len(returns),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------- Main
+
+
+def main(args: Args) -> int:
+    """Trains, or with --eval-only evaluates, and returns the exit code."""
+    use_devices(args.batch_size, args.cpu_devices)
+    model = Model(num_actions(args.env_id), args)
+    state = init_state((84, 84, 4), model)
+    if args.eval_only and args.resume:
+        state = Checkpoints(args.resume).restore(state)
+        print(json.dumps({"step": int(state.step), **evaluate(state, model)}))
+        return 0
+    dataset = load_dataset(args)
+    stopped_by = catch_signals()
+    run_dir = open_run(args, Path(__file__), dataset.meta)
+    checkpoints = Checkpoints(run_dir)
+    state = checkpoints.restore(state) if args.resume else state
+    step = int(state.step)
+    if step >= args.total_steps:
+        raise InputError(f"{run_dir} has made {step} updates already: name more with --total-steps")
+    checkpoints.save(step, state)
+    log = Log(run_dir, step, args)
+    print(f"{run_dir}: {len(dataset.action)} steps, {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
+    start = time.perf_counter()
+    windows = batches(dataset, state.key, step, args)
+    batch = next(windows)
+    compiled_update = update_windows.lower(state, batch, model).compile()
+    seconds = {"compile": time.perf_counter() - start, "update": 0.0, "evaluation": 0.0}
+    progress = Progress(step, args.total_steps, "--cpu-size suits a CPU", 10)
+    sums, logged_step, logged_seconds = dict[str, float](), step, 0.0
+    while step < args.total_steps and not stopped_by:
+        start = time.perf_counter()
+        state, metrics = compiled_update(state, batch)
+        batch = next(windows)
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}  # waits for the devices
+        seconds["update"] += time.perf_counter() - start
+        if not np.isfinite([sums["total_loss"], sums["grad_norm"], sums["param_norm"]]).all():
+            checkpoints.close()
+            sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
+        step += 1
+        means = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
+        done = step == args.total_steps
+        if is_log := step % args.log_interval == 0 or done:
+            means["train/updates_per_second"] = (step - logged_step) / (seconds["update"] - logged_seconds)
+            log.write(step, means | {f"time/{name}": value for name, value in seconds.items()})
+            sums, logged_step, logged_seconds = {}, step, seconds["update"]
+        progress.update(step, means["train/total_loss"], seconds["update"], is_log)
+        if step % args.eval_interval == 0 or done:
+            start = time.perf_counter()
+            scores = evaluate(state, model, run_dir / "videos" / f"{step}.mp4" if args.capture_video else None)
+            seconds["evaluation"] += time.perf_counter() - start
+            log.write(step, scores)
+            progress.print_scores(step, scores)
+        if step % args.checkpoint_interval == 0:
+            checkpoints.save(step, state)
+    checkpoints.save(step, state)
+    progress.close()
+    log.close()
+    checkpoints.close()
+    if stopped_by:
+        print(f"stopped after {step} updates; go on with --resume {run_dir}")
+        return 128 + stopped_by[0]
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(parse_args(Args, Path(__file__), __doc__)))

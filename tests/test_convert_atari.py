@@ -1,0 +1,546 @@
+"""The converter of Atari datasets, against what TensorFlow Datasets and Dopamine themselves wrote and read."""
+
+import gzip
+import http.server
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from tfrecord import example_pb2
+
+from data import convert_atari
+from data.convert_atari import Args, Subset, convert, export_minari, parse_shards
+from data.dataset import FIELDS, InputError, open_dataset, write_dataset
+from data.tfrecords import masked_crc, read_records
+
+FIXTURES = Path(__file__).parent / "fixtures"
+RAW = FIXTURES / "rlu_breakout" / "raw"  # to RL Unplugged's layout
+TFDS = FIXTURES / "rlu_breakout" / "tfds"  # prepared from it by TensorFlow Datasets' own builder
+DQN = FIXTURES / "dqn_replay_breakout"  # saved by Dopamine's own replay buffer
+
+
+def breakout(out, *source, **settings):
+    return Args(env_id="Breakout", source=source, out=out, **settings)
+
+
+def fixture_episodes(kept=None):
+    """The steps that the converted dataset has to have, as TensorFlow Datasets reads them."""
+    truth = np.load(FIXTURES / "rlu_breakout" / "truth.npz")
+    ends = np.cumsum(truth["episodes"][:, 2])
+    kept = range(len(ends)) if kept is None else kept
+    steps = np.concatenate([np.arange(ends[i] - truth["episodes"][i, 2], ends[i]) for i in kept])
+    truth = {field: truth[field][steps] for field in FIELDS}
+    truth["observation"] = truth["observation"][..., 0]
+    for field in ("action", "reward"):
+        truth[field] = np.where(truth["is_last"], 0, truth[field])
+    return truth
+
+
+def assert_equals(folder, truth):
+    data = open_dataset(folder)
+    for field in FIELDS:
+        assert np.array_equal(getattr(data, field), truth[field]), field
+    return data
+
+
+@pytest.mark.parametrize("source", [RAW, TFDS])
+def test_rl_unplugged_equals_what_tensorflow_datasets_reads(tmp_path, source):
+    data = assert_equals(convert(breakout(tmp_path / "new", source)), fixture_episodes())
+    assert data.is_terminal.sum() < data.is_last.sum()  # the fixture has episodes that are cut off
+    assert {
+        "benchmark": "atari",
+        "num_actions": 4,
+        "sticky_actions": 0.25,
+        "rewards_clipped": True,
+    }.items() <= data.meta.items()
+    assert len(data.meta["files"]) == 3
+
+
+def test_dqn_replay_equals_what_dopamine_was_given(tmp_path):
+    truth = np.load(DQN / "truth.npz")
+    data = open_dataset(convert(breakout(tmp_path / "new", DQN)))
+    assert np.diff(np.flatnonzero(np.append(data.is_first, True))).tolist() == (truth["lengths"] + 1).tolist()
+    for field in ("observation", "action", "reward"):
+        assert np.array_equal(getattr(data, field)[~data.is_last], truth[field]), field
+    last = np.flatnonzero(data.is_last)
+    assert np.array_equal(data.observation[last], data.observation[last - 1])
+    assert data.is_terminal[last].all() and data.meta["sticky_actions"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"shards": ("1",)}, range(4, 8)),
+        ({"shards": ("0", "2-2")}, [*range(4), *range(8, 12)]),
+        ({"max_episodes": 5}, range(5)),
+        ({"percentage": 25.0}, [3, 7, 11]),
+        ({"percentage": 50.0, "max_episodes": 2}, [1, 3]),
+    ],
+)
+@pytest.mark.parametrize("source", [RAW, TFDS])
+def test_a_part_of_the_data(tmp_path, source, settings, kept):
+    assert_equals(convert(breakout(tmp_path / "new", source, **settings)), fixture_episodes(kept))
+
+
+def test_single_files(tmp_path):
+    out = convert(breakout(tmp_path / "raw", RAW / "Breakout" / "run_1-00001-of-00003"))
+    assert_equals(out, fixture_episodes(range(4, 8)))
+    (file,) = TFDS.rglob("*checkpoint_02*")
+    assert_equals(convert(breakout(tmp_path / "tfds", file)), fixture_episodes(range(8, 12)))
+    out = convert(breakout(tmp_path / "dqn", DQN / "$store$_observation_ckpt.1.gz"))
+    assert open_dataset(out).meta["episodes"] == 3
+
+
+def test_percentages_are_spread_evenly():
+    for percentage in (0.1, 1, 10, 33.3, 70, 100):
+        subset = Subset(percentage, None)
+        taken = np.flatnonzero([subset.take() for _ in range(10_000)])
+        assert len(taken) == round(100 * percentage) == subset.taken
+        assert np.ptp(np.diff(taken)) <= 1
+
+
+def write_checkpoint(folder, number, observation, action, reward, terminal, add_count=None):
+    folder.mkdir(exist_ok=True)
+    arrays = {"observation": observation, "action": action, "reward": reward, "terminal": terminal}
+    files = {f"$store$_{name}": array for name, array in arrays.items()}
+    if add_count is not None:
+        files["add_count"] = np.array(add_count)
+    for name, array in files.items():
+        with gzip.open(folder / f"{name}_ckpt.{number}.gz", "wb") as file:
+            np.save(file, array)
+    return folder
+
+
+def replay_rows(rows, ends):
+    random = np.random.default_rng(0)
+    observation = random.integers(1, 256, (rows, 84, 84), np.uint8)
+    terminal = np.isin(np.arange(rows), ends).astype(np.uint8)
+    return [observation, random.integers(1, 4, rows).astype(np.int32), np.ones(rows, np.float32), terminal]
+
+
+def test_a_checkpoints_edge_cuts_an_episode(tmp_path):
+    columns = replay_rows(20, [8])
+    for column in columns[:3]:
+        column[9:12] = 0  # the second episode's padding; the first one began in the checkpoint before
+    folder = write_checkpoint(tmp_path / "dqn", 0, *columns)
+    write_checkpoint(folder, 1, *(column[:10] for column in columns))
+    data = open_dataset(convert(breakout(tmp_path / "new", folder)))
+    rows = [*range(9), 8, *range(12, 20), *range(9), 8]  # checkpoint 1 ends in an episode of padding alone
+    assert np.array_equal(data.observation, columns[0][rows])
+    assert np.flatnonzero(data.is_last).tolist() == [9, 17, 27] and np.flatnonzero(data.is_terminal).tolist() == [9, 27]
+    assert data.reward.tolist() == [1] * 9 + [0] + [1] * 7 + [0] + [1] * 9 + [0]
+
+
+@pytest.mark.parametrize(
+    ("add_count", "rows"),
+    [(20, [*range(20)]), (12, [*range(12)]), (39, [*range(19)]), (47, [*range(7), *range(7, 20)])],
+)
+def test_the_place_where_a_replay_buffer_was_written_cuts_an_episode(tmp_path, add_count, rows):
+    columns = replay_rows(20, [])
+    folder = write_checkpoint(tmp_path / "dqn", 0, *columns, add_count=add_count)
+    data = open_dataset(convert(breakout(tmp_path / "new", folder)))
+    assert np.array_equal(data.observation, columns[0][rows]) and not data.is_terminal.any()
+    assert np.flatnonzero(data.is_first).tolist() == ([0, 7] if add_count == 47 else [0])
+
+
+def flip_a_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def one(folder, pattern):
+    (path,) = folder.rglob(pattern)
+    return path
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("source", "damage", "sentence"),
+    [
+        (RAW, lambda s: cut(one(s, "*00001-of*"), 90_000), r"run_1-00001-of-00003 is damaged or cut short at record \d"),
+        (RAW, lambda s: flip_a_bit(one(s, "*00001-of*"), 90_000), r"run_1-00001-of-00003 is damaged .* at record \d"),
+        (RAW, lambda s: flip_a_bit(one(s, "*00001-of*"), -3), r"run_1-00001-of-00003 is damaged .* at record 4"),
+        (RAW, lambda s: cut(one(s, "*00002-of*"), 0), r"run_1-00002-of-00003 holds no episode"),
+        (RAW, lambda s: one(s, "*00001-of*").unlink(), r"run_1-00001-of-00003 is missing; --shards"),
+        (RAW, lambda s: one(s, "*00002-of*").unlink(), r"run_1-00002-of-00003 is missing; --shards"),
+        (RAW, lambda s: (s / "Breakout").rename(s / "Pong"), r"run_1-00000-of-00003 is of Pong, not of Breakout"),
+        (RAW, lambda s: shutil.rmtree(s / "Breakout"), r"holds no files of a known format"),
+        (RAW, lambda s: one(s, "*02-of*").rename(s / "run_2-00000-of-00001"), r"several datasets .*run 2"),
+        (TFDS, lambda s: cut(one(s, "*_01.tf*"), 90_000), r"checkpoint_01\.tfrecord-00000-of-00001 is damaged .* record \d"),
+        (TFDS, lambda s: flip_a_bit(one(s, "*_01.tf*"), 90_000), r"checkpoint_01\.tfrecord-00000-of-00001 is damaged"),
+        (TFDS, lambda s: one(s, "*_01.tf*").unlink(), r"checkpoint_01\.tfrecord-00000-of-00001 is missing"),
+        (TFDS, lambda s: one(s, "*_02.tf*").unlink(), r"checkpoint_02\.tfrecord-00000-of-00001 is missing"),
+        (TFDS, lambda s: one(s, "features.json").unlink(), r"holds 0 datasets"),
+        (TFDS, lambda s: edit(one(s, "features.json"), '"png"', '"jpeg"'), r"not PNG images, but jpeg"),
+        (TFDS, lambda s: edit(one(s, "dataset_info.json"), "Breakout_run", "Pong_run"), r"is of Pong, not of Breakout"),
+        (TFDS, lambda s: edit(one(s, "dataset_info.json"), '"splits"', "splits"), r"dataset_info.json is damaged"),
+        (DQN, lambda s: cut(one(s, "*observation_ckpt.1.gz"), 9_000), r"observation_ckpt.1.gz is damaged .* from row \d+"),
+        (DQN, lambda s: flip_a_bit(one(s, "*observation_ckpt.0.gz"), 20_000), r"observation_ckpt.0.gz is damaged"),
+        (DQN, lambda s: flip_a_bit(one(s, "*observation_ckpt.0.gz"), -6), r"observation_ckpt.0.gz is damaged"),
+        (DQN, lambda s: flip_a_bit(one(s, "*reward_ckpt.0.gz"), 60), r"reward_ckpt.0.gz is damaged"),
+        (DQN, lambda s: flip_a_bit(one(s, "*action_ckpt.0.gz"), -6), r"action_ckpt.0.gz is damaged"),
+        (DQN, lambda s: cut(one(s, "*terminal_ckpt.1.gz"), 0), r"terminal_ckpt.1.gz is damaged"),
+        (DQN, lambda s: one(s, "*reward_ckpt.1.gz").unlink(), r"reward_ckpt.1.gz is missing"),
+        (DQN, lambda s: one(s, "*observation_ckpt.0.gz").unlink(), r"observation_ckpt.0.gz is missing"),
+        (DQN, lambda s: shutil.copy(one(s, "*reward_ckpt.1.gz"), one(s, "*reward_ckpt.0.gz")), r"ckpt.0.gz holds uint8"),
+    ],
+)
+def test_damaged_sources_are_named_and_nothing_is_left(tmp_path, source, damage, sentence):
+    shutil.copytree(source, tmp_path / "source")
+    damage(tmp_path / "source")
+    with pytest.raises(InputError, match=sentence) as error:
+        convert(breakout(tmp_path / "new", tmp_path / "source"))
+    assert str(tmp_path / "source") in str(error.value) and "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def read_example(record):
+    return example_pb2.Example.FromString(record)
+
+
+def rewrite(path, change):
+    """Writes the shard again after `change` has edited the example of its second episode, with true checksums."""
+    with gzip.open(path.with_suffix(".new"), "wb") as file:
+        for index, record in enumerate(read_records(path)):
+            if index == 1:
+                example = read_example(record)
+                change(example.features.feature)
+                record = example.SerializeToString()
+            length = struct.pack("<Q", len(record))
+            file.write(length + struct.pack("<I", masked_crc(length)) + record + struct.pack("<I", masked_crc(record)))
+    path.with_suffix(".new").rename(path)
+
+
+def png(shape, dtype=np.uint8):
+    return cv2.imencode(".png", np.ones(shape, dtype))[1].tobytes()
+
+
+def set_image(image):
+    return lambda feature: feature["observations"].bytes_list.value.__setitem__(7, image)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (set_image(png((80, 84))), r"record 1, step 7: the observation is uint8 \(80, 84\), not a gray image of 84x84"),
+        (set_image(png((84, 84, 3))), r"record 1, step 7: the observation is uint8 \(84, 84, 3\)"),
+        (set_image(png((84, 84), np.uint16)), r"record 1, step 7: the observation is uint16"),
+        (set_image(b"no image"), r"record 1, step 7: the observation is no image"),
+        (set_image(b""), r"record 1, step 7: the observation is no image"),
+        (
+            lambda feature: feature["actions"].int64_list.value.__setitem__(5, 4),
+            r"record 1: .* actions 0 to 3, but here is 4",
+        ),
+        (lambda feature: feature["actions"].int64_list.value.pop(), r"record 1: 10 observations, 9 actions"),
+        (lambda feature: feature.pop("discounts"), r"record 1: the record is no episode of RL Unplugged"),
+        (
+            lambda feature: feature["clipped_rewards"].float_list.value.__setitem__(3, 4),
+            r"record 1: reward 4 is not clipped",
+        ),
+        (lambda feature: feature["clipped_rewards"].float_list.value.__setitem__(3, np.nan), r"record 1: .* not finite"),
+    ],
+)
+def test_episodes_that_do_not_fit_are_refused(tmp_path, change, sentence):
+    shutil.copytree(RAW, tmp_path / "source")
+    rewrite(one(tmp_path / "source", "run_1-00001*"), change)
+    with pytest.raises(InputError, match=r"run_1-00001-of-00003, " + sentence):
+        convert(breakout(tmp_path / "new", tmp_path / "source"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_another_games_actions_are_refused(tmp_path):
+    shutil.copytree(DQN, tmp_path / "source")
+    with pytest.raises(InputError, match=r"row 0: Freeway has actions 0 to 2, but here is 3"):
+        convert(Args("Freeway", source=(tmp_path / "source",), out=tmp_path / "new"))
+    with pytest.raises(InputError, match="Breakout"):
+        convert(Args("Brekout", source=(RAW,), out=tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"source": (Path("nowhere"),)}, "there is no nowhere"),
+        ({"source": (FIXTURES / "rlu_breakout",)}, "several datasets"),
+        ({"source": (RAW,), "format": "tfds"}, "no files of tfds"),
+        ({"source": (RAW,), "run": 2}, "no files of a known format"),
+        ({"source": (RAW,), "shards": ("3",)}, "run_1-00003-of-00003 is missing"),
+        ({"source": (DQN,), "shards": ("12",)}, r"observation_ckpt\.12\.gz is missing"),
+        ({"source": (RAW,), "shards": ("2-1",)}, "numbers and ranges"),
+        ({"source": (RAW,), "shards": ("all",)}, "numbers and ranges"),
+        ({"source": (RAW,), "percentage": 0.0}, "above 0 and at most 100"),
+        ({"source": (RAW,), "percentage": 1.0}, "none of the 12 episodes is left"),
+        ({"source": (RAW,), "max_episodes": 0}, "at least 1"),
+        ({}, "--source, or a run of RL Unplugged"),
+    ],
+)
+def test_impossible_settings(tmp_path, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        convert(Args("Breakout", out=tmp_path / "new", **settings))
+    assert list(tmp_path.iterdir()) == []
+    assert parse_shards(("10-12", "3", "11")) == [3, 10, 11, 12]
+
+
+def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
+    with pytest.raises(InputError, match=r"needs about 0\.0075\d GB, and 0\.002 GB are free there: take less by --shards"):
+        convert(breakout(tmp_path / "new", DQN))
+    convert(breakout(tmp_path / "new", DQN, max_episodes=1))
+
+
+def run_program(*arguments, **options):
+    command = [sys.executable, "-m", "data.convert_atari", *map(str, arguments)]
+    return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, **options)
+
+
+def test_the_program(tmp_path):
+    result = run_program("--env-id", "Breakout", "--source", RAW, "--out", tmp_path / "new", "--max-episodes", 2)
+    assert result.returncode == 0 and "2 episodes, 248 steps, mean return 1.000" in result.stdout
+    result = run_program("--env-id", "Pong", "--source", RAW, "--out", tmp_path / "pong")
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
+    assert "is of Breakout, not of Pong" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_killed_conversion_leaves_no_dataset_and_the_next_one_is_whole(tmp_path):
+    program = textwrap.dedent(f"""
+        import os, signal
+        from pathlib import Path
+        from data.convert_atari import Args, convert
+        from data.dataset import DatasetWriter
+
+        def add_episode(self, *arguments):
+            if len(self.returns) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(self, *arguments)
+
+        original, DatasetWriter.add_episode = DatasetWriter.add_episode, add_episode
+        convert(Args("Breakout", source=(Path({str(RAW)!r}),), out=Path({str(tmp_path / "new")!r})))
+    """)
+    result = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": "."}, capture_output=True)
+    assert result.returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.startswith(".new.partial-")
+    assert_equals(convert(breakout(tmp_path / "new", RAW)), fixture_episodes())
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+class Bucket(http.server.BaseHTTPRequestHandler):
+    """RL Unplugged's bucket with the fixture's shards; `drops` connections are closed after half of what they ask for."""
+
+    protocol_version = "HTTP/1.1"
+    ranges = True
+    drops = 0
+    gets: list[str]
+
+    def do_HEAD(self):
+        self.answer(send=False)
+
+    def do_GET(self):
+        self.gets.append(f"{self.path[-19:]} {self.headers['Range']}")
+        self.answer(send=True)
+
+    def answer(self, send):
+        match = re.fullmatch(r"/atari_episodes_ordered/(Breakout)/(run_1-0000[012]-of)-00050", self.path)
+        if not match:
+            self.send_error(404)
+            return
+        body = (RAW / match[1] / f"{match[2]}-00003").read_bytes()
+        start = int(self.headers["Range"][6:-1]) if self.ranges and "Range" in self.headers else 0
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        if send:
+            whole = type(self).drops <= 0
+            type(self).drops -= 1
+            self.wfile.write(body[start:] if whole else body[start : (start + len(body)) // 2])
+            self.close_connection = not whole
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    monkeypatch.setattr(convert_atari, "RETRY_SECONDS", 0.01)
+    handler = type("Handler", (Bucket,), {"gets": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        handler.url = f"http://127.0.0.1:{server.server_port}"
+        yield handler
+        server.shutdown()
+
+
+def download(tmp_path, bucket, **settings):
+    settings = {"run": 1, "shards": ("0-2",), "base_url": bucket.url} | settings
+    return convert(Args("Breakout", out=tmp_path / "new", download_dir=tmp_path / "downloads", **settings))
+
+
+def downloaded(tmp_path):
+    return {path.name: path.read_bytes() for path in sorted((tmp_path / "downloads" / "Breakout").iterdir())}
+
+
+WHOLE = {f"run_1-{i:05d}-of-00050": (RAW / "Breakout" / f"run_1-{i:05d}-of-00003").read_bytes() for i in range(3)}
+
+
+@pytest.mark.parametrize(("ranges", "drops"), [(True, 0), (True, 6), (False, 2)])
+def test_download(tmp_path, bucket, ranges, drops):
+    bucket.ranges, bucket.drops = ranges, drops
+    assert_equals(download(tmp_path, bucket), fixture_episodes())
+    assert downloaded(tmp_path) == WHOLE and len(bucket.gets) == 3 + drops
+    asked = [get for get in bucket.gets if not get.endswith("None")]
+    assert len(asked) == drops and (not drops or "bytes=" in asked[0])
+    shutil.rmtree(tmp_path / "new")
+    download(tmp_path, bucket, shards=("1",))
+    assert len(bucket.gets) == 3 + drops  # what is there is not downloaded again
+
+
+def test_a_download_is_not_begun_without_room_for_the_dataset(tmp_path, bucket, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
+    with pytest.raises(InputError, match=r"new needs about 0\.0\d+ GB, and 0\.002 GB are free there: take less"):
+        download(tmp_path, bucket)
+    assert len(bucket.gets) == 1  # the first shard told how much it is
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(InputError, match=r"downloads needs about 0\.000284 GB, and 0\.0001 GB are free there"):
+        download(tmp_path, bucket)
+    assert len(bucket.gets) == 1
+
+
+def test_a_broken_download_goes_on_where_it_stopped(tmp_path, bucket):
+    name = "run_1-00001-of-00050"
+    folder = tmp_path / "downloads" / "Breakout"
+    folder.mkdir(parents=True)
+    (folder / f"{name}.partial").write_bytes(WHOLE[name][:50_000])
+    assert_equals(download(tmp_path, bucket, shards=("1",)), fixture_episodes(range(4, 8)))
+    assert bucket.gets == ["un_1-00001-of-00050 bytes=50000-"] and downloaded(tmp_path) == {name: WHOLE[name]}
+
+
+def test_a_download_that_never_ends(tmp_path, bucket, monkeypatch):
+    monkeypatch.setattr(convert_atari, "RETRIES", 2)
+    monkeypatch.setattr(bucket, "do_GET", lambda self: self.connection.close())
+    with pytest.raises(InputError, match=r"00000-of-00050 stopped at byte 0 of 201699: .*; the same command goes on"):
+        download(tmp_path, bucket)
+    assert downloaded(tmp_path) == {"run_1-00000-of-00050.partial": b""} and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"run": 6}, r"run_6-00000-of-00050 cannot be had: 404 .*; check --env-id, --run and --shards"),
+        ({"shards": ("0", "50")}, r"run_1-00050-of-00050 cannot be had: 404"),
+        ({"base_url": "http://127.0.0.1:1"}, r"http://127.0.0.1:1/.* cannot be reached: .*refused"),
+        ({"base_url": "http://no.such.host.invalid"}, r"cannot be reached"),
+    ],
+)
+def test_nothing_to_download(tmp_path, bucket, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        download(tmp_path, bucket, **settings)
+    assert list(tmp_path.iterdir()) == [] and bucket.gets == []
+
+
+@pytest.fixture
+def minari_store(tmp_path, monkeypatch):
+    pytest.importorskip("h5py")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return pytest.importorskip("minari")
+
+
+def test_minari_both_ways(tmp_path, minari_store):
+    ours = convert(breakout(tmp_path / "ours", RAW, max_episodes=3))
+    folder = export_minari(ours, "atari/breakout/dqn-v0")
+    dataset = minari_store.load_dataset("atari/breakout/dqn-v0")
+    assert (dataset.total_episodes, dataset.total_steps) == (3, 238 + 10 + 121 - 3)
+    episode = dataset[1]
+    assert episode.observations.shape == (10, 84, 84) and not episode.terminations.any() and episode.truncations[-1]
+    by_path = convert(breakout(tmp_path / "by_path", folder))
+    by_name = convert(breakout(tmp_path / "by_name", Path("atari/breakout/dqn-v0"), format="minari"))
+    for path in (by_path, by_name):
+        data = assert_equals(path, fixture_episodes(range(3)))
+        assert data.meta["source"] == "Minari, atari/breakout/dqn-v0" and data.meta["benchmark"] == "atari"
+    with pytest.raises(InputError, match="no shards with numbers"):
+        convert(breakout(tmp_path / "new", folder, shards=("0",)))
+    assert_equals(convert(breakout(tmp_path / "second", folder, percentage=50.0)), fixture_episodes([1]))
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["dqn-v0", "namespace_metadata.json"]
+    for name, sentence in (("atari/breakout/dqn-v0", "exists already"), ("atari breakout", "names are such as")):
+        with pytest.raises(InputError, match=sentence):
+            export_minari(ours, name)
+    with pytest.raises(InputError, match="has 4 actions, but Pong has 6"):
+        convert(Args("Pong", source=(folder,), out=tmp_path / "new"))
+    cut(folder / "data" / "main_data.hdf5", 2_000_000)
+    with pytest.raises(InputError, match=r"main_data\.hdf5 is damaged or cut short at episode 0"):
+        convert(breakout(tmp_path / "new", folder))
+    assert not (tmp_path / "new").exists()
+
+
+def make_minari(minari, name, observations, space, **settings):
+    from gymnasium.spaces import Discrete
+    from minari.data_collector import EpisodeBuffer
+
+    ends = np.arange(1, 6) == 5
+    buffers = [
+        EpisodeBuffer(
+            observations=o, actions=np.arange(5) % 3, rewards=np.ones(5), terminations=ends, truncations=ends & False
+        )
+        for o in observations
+    ]
+    minari.create_dataset_from_buffers(
+        name, buffers, observation_space=space, action_space=Discrete(3), jpeg_encoding=False, **settings
+    )
+    return Path(os.environ["MINARI_DATASETS_PATH"]) / name
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("shape", [(4, 84, 84), (84, 84, 4), (84, 84, 1)])
+def test_minari_stacks_and_vectors(tmp_path, minari_store, shape):
+    from gymnasium.spaces import Box
+
+    observations = np.random.default_rng(0).integers(0, 256, (2, 6, *shape), np.uint8)
+    folder = make_minari(minari_store, "stacked-v0", observations, Box(0, 255, shape, np.uint8))
+    data = open_dataset(convert(Args("Freeway", source=(folder,), out=tmp_path / "stacked")))
+    newest = observations[:, :, -1] if shape[0] == 4 else observations[..., -1]
+    assert np.array_equal(data.observation, newest.reshape(12, 84, 84)) and data.is_terminal.sum() == 2
+
+    vectors = np.random.default_rng(0).normal(size=(2, 6, 7))
+    folder = make_minari(minari_store, "vectors-v0", vectors, Box(-np.inf, np.inf, (7,), np.float64))
+    data = open_dataset(convert(Args("anything", source=(folder,), out=tmp_path / "vectors")))
+    assert np.array_equal(data.observation, vectors.reshape(12, 7).astype(np.float32))
+    assert data.meta["num_actions"] == 3 and data.meta["env_id"] == "anything" and data.meta["benchmark"] == "minari"
+
+    images = np.zeros((1, 6, 64, 64), np.uint8)
+    folder = make_minari(minari_store, "images-v0", images, Box(0, 255, (64, 64), np.uint8))
+    with pytest.raises(InputError, match=r"holds uint8 \(64, 64\)"):
+        convert(Args("Freeway", source=(folder,), out=tmp_path / "images"))
+
+
+def test_without_minari(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(InputError, match=r"pip install -e '\.\[formats\]'"):
+        export_minari(tmp_path, "atari/breakout/dqn-v0")
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, minari_store, monkeypatch):
+    with write_dataset(tmp_path / "ours", env_id="catch", num_actions=3) as writer:
+        writer.add_episode(np.zeros((3, 10, 5), np.float32), np.zeros(2), np.zeros(2), terminal=True)
+    monkeypatch.setattr(convert_atari, "tqdm", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        export_minari(tmp_path / "ours", "catch-v0")
+    assert list((tmp_path / "minari").iterdir()) == []
