@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.atari import default_folder, num_actions
-from data.dataset import InputError, open_dataset, write_dataset
+from data.dataset import InputError, check_disk, on_disk, open_dataset, write_dataset
 from data.runs import run_program
 
 FORMATS = {
@@ -54,6 +54,7 @@ SCALARS = 11  # bytes a step beside the observation
 LONGEST = 60_000  # steps of an episode; half an hour of play is 27,000
 IN_FLIGHT, CHUNK = 16_384, 128  # frames that are being decoded; those of one job
 SHORT_GAMES = ("Carnival", "Gravitar", "StarGunner")  # RL Unplugged has 49 shards of these, 50 of the others
+LESS = "take less by --shards, --percentage or --max-episodes"
 RETRIES, RETRY_SECONDS, TIMEOUT_SECONDS = 5, 2.0, 60.0
 
 
@@ -141,20 +142,6 @@ def check_name(path: Path, env_id: str) -> None:
         raise InputError(f"{path} is of {games[-1]}, not of {env_id}")
 
 
-def on_disk(folder: Path) -> Path:
-    """The innermost of a folder's parents that exists, or the folder itself."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-def check_disk(folder: Path, need: float) -> str:
-    """One line on what is needed and what is free. Raises InputError if `need` bytes do not fit into `folder`."""
-    free = shutil.disk_usage(on_disk(folder)).free
-    sizes = f"about {need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there"
-    if need > free:
-        raise InputError(f"{folder} needs {sizes}: take less by --shards, --percentage or --max-episodes")
-    return f"{folder} needs {sizes}"
-
-
 # Downloading
 
 
@@ -235,7 +222,7 @@ def download(args: Args, shards: list[int], out: Path, subset: Subset) -> list[P
     sizes = [size_of(url) for url in urls]
     missing = sum(size for file, size in zip(files, sizes, strict=True) if not is_whole(file, size))
     if missing:
-        print(check_disk(args.download_dir, missing))
+        print(check_disk(args.download_dir, missing, LESS))
     files[0].parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=missing, unit="B", unit_scale=True, desc=f"downloading {args.env_id}") as bar:
         for url, file, size in zip(urls, files, sizes, strict=True):
@@ -244,7 +231,7 @@ def download(args: Args, shards: list[int], out: Path, subset: Subset) -> list[P
             if file == files[0]:  # it tells what all of them need
                 steps, length = count_steps(files[:1], sum(sizes), "actions")
                 left = missing - bar.n if on_disk(out).stat().st_dev == file.stat().st_dev else 0
-                check_disk(out, subset.steps(steps, length) * (FRAME_BYTES + SCALARS) + left)
+                check_disk(out, subset.steps(steps, length) * (FRAME_BYTES + SCALARS) + left, LESS)
     return files
 
 
@@ -589,7 +576,7 @@ def convert(args: Args) -> Path:
     meta |= {"files": [file.name for file in files], "percentage": args.percentage, "max_episodes": args.max_episodes}
     steps = subset.steps(source.steps, source.length)
     width = int(np.prod(source.shape)) * (1 if source.shape == FRAME else 4) + SCALARS
-    print(check_disk(out, steps * width))
+    print(check_disk(out, steps * width, LESS))
     episodes = decoded(source.episodes) if name in ("rl_unplugged", "tfds") else source.episodes
     bar = tqdm(total=round(steps), unit="step", unit_scale=True, desc=f"converting {name}")
     with bar, closing(episodes), write_dataset(out, **meta) as writer:
@@ -630,7 +617,7 @@ def export_minari(folder: Path, name: str) -> Path:
     target = minari_folder(name)
     if target.exists():
         raise InputError(f"{target} exists already; remove it or name another dataset")
-    print(check_disk(target, sum(array.nbytes for array in data[:6])))
+    print(check_disk(target, sum(array.nbytes for array in data[:6]), "remove something there"))
     edges = np.flatnonzero(np.append(data.is_first, True))
 
     def buffers() -> Iterator[EpisodeBuffer]:

@@ -63,6 +63,23 @@ class Dataset(NamedTuple):
     meta: dict[str, Any]
 
 
+def on_disk(folder: Path) -> Path:
+    """The innermost of a folder's parents that exists, or the folder itself."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def check_disk(folder: Path, need: float, hint: str) -> str:
+    """One line on what is needed and what is free.
+
+    Raises InputError, ending in `hint`, if `need` bytes do not fit into `folder`, which need not exist.
+    """
+    free = shutil.disk_usage(on_disk(folder)).free
+    sizes = f"about {need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there"
+    if need > free:
+        raise InputError(f"{folder} needs {sizes}: {hint}")
+    return f"{folder} needs {sizes}"
+
+
 class DatasetWriter:
     """Appends episodes to a folder that write_dataset made; memory holds one episode at a time."""
 

@@ -12,7 +12,6 @@ episodes that are still running at the end are written as cut off. meta.json has
 import functools
 import importlib
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.atari import check_game, default_folder, make_environments, num_actions
-from data.dataset import InputError, write_dataset
+from data.dataset import InputError, check_disk, write_dataset
 from data.runs import Checkpoints, parse_args, run_program
 
 STEP_BYTES = 84 * 84 + 11  # a frame, and action, reward and flags
@@ -346,16 +345,6 @@ class CheckpointPolicy:
 # -------------------------------------------------------------------------------------------------------------- Recorder
 
 
-def check_disk(folder: Path, steps: int) -> None:
-    """Raises InputError if `folder` has no room for a dataset of so many steps."""
-    need = 1.02 * steps * STEP_BYTES  # with the episodes' last observations
-    there = next(parent for parent in folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(there).free
-    if need > free:
-        sizes = f"about {need / 1e9:.2f} GB for {steps} steps, but {free / 1e9:.2f} GB are free there"
-        raise InputError(f"{folder} needs {sizes}; name fewer --steps or another --out")
-
-
 def make_policy(args: Args) -> Any:
     """Raises InputError for a game without a script, or a checkpoint that is missing or of something else."""
     if args.checkpoint is not None and args.policy != "checkpoint":
@@ -394,7 +383,8 @@ def record(args: Args) -> Path:
     out = default_folder(args.env_id) if args.out is None else args.out
     environments = make_environments(args.env_id, args.num_envs, args.seed)
     if not out.exists():
-        check_disk(out, args.steps)
+        # Every episode has an observation more than it has actions.
+        check_disk(out, 1.02 * args.steps * STEP_BYTES, "name fewer --steps or another --out")
     policy = make_policy(args)
     frames: list[list[NDArray]] = [[] for _ in range(args.num_envs)]  # of the running episodes
     actions: list[list[int]] = [[] for _ in range(args.num_envs)]

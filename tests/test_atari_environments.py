@@ -243,7 +243,7 @@ def test_folder_that_exists(tmp_path):
 
 def test_too_little_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 7 * 10**8))
-    with pytest.raises(InputError, match=r"needs about 0.72 GB for 100000 steps, but 0.70 GB are free"):
+    with pytest.raises(InputError, match=r"needs about 0\.721 GB, and 0\.7 GB are free there: name fewer --steps"):
         record(Args("Pong", num_envs=1, out=tmp_path / "deeper" / "new"))
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,7 @@
 """The scripts against the numbers that the authors' own code computed."""
 
 import dataclasses
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+import muzero_unplugged_atari
 import muzero_unplugged_bsuite as mzu
 import rosmo_atari
 import rosmo_bsuite as rosmo
@@ -43,12 +45,12 @@ class Case(NamedTuple):
         monkeypatch.setattr(self.script, "random_actions", lambda key, shape, num_actions: jnp.broadcast_to(actions, shape))
         if "mcts_policy" in self.golden:
             policy, value = (jnp.asarray(self.golden[name]) for name in ("mcts_policy", "mcts_value"))
+            window = self.model.args.unroll_steps + self.model.args.bootstrap_steps + 1
 
             def search(params, key, state, prediction, model):
                 lead = prediction.policy_logits.shape[:-1]
-                shape = (*lead, policy.shape[-1])
-                searched = jnp.broadcast_to(policy[: lead[-1]], shape), jnp.broadcast_to(value[: lead[-1]], lead)
-                return self.script.Search(None, *searched)
+                t = jnp.arange(np.prod(lead)).reshape(lead) % window  # roots [B, T], or [B T] in this order
+                return self.script.Search(None, policy[t], value[t])
 
             monkeypatch.setattr(self.script, "search", search)
 
@@ -74,10 +76,12 @@ def atari_case(name: str, script: Any) -> Case:
 ROSMO = bsuite_case("bsuite_rosmo", rosmo)
 MZU = bsuite_case("bsuite_mzu", mzu)
 ROSMO_ATARI = atari_case("atari_rosmo", rosmo_atari)
+MZU_ATARI = atari_case("atari_mzu", muzero_unplugged_atari)
 CASES = [
     pytest.param(ROSMO, id="rosmo_bsuite"),
     pytest.param(MZU, id="mzu_bsuite"),
     pytest.param(ROSMO_ATARI, id="rosmo_atari"),
+    pytest.param(MZU_ATARI, id="mzu_atari"),
 ]
 GOLDEN, ARGS, MODEL = ROSMO.golden, ROSMO.model.args, ROSMO.model
 
@@ -138,20 +142,29 @@ def test_one_step_target(case):
     np.testing.assert_allclose(target, case.golden["one_step_policy"], atol=2e-4)
 
 
-@pytest.mark.parametrize(("num_simulations", "search_depth"), [(8, 8), (20, 20), (20, 2)])
-def test_search(num_simulations, search_depth):
+SEARCHES = [
+    pytest.param(case, *map(int, name.split("_")[1:3]), id=f"{label}-{name}")
+    for case, label in ((MZU, "bsuite"), (MZU_ATARI, "atari"))
+    for name in sorted({name.rsplit("_", 1)[0] for name in case.golden if re.fullmatch(r"search_\d+_\d+_policy", name)})
+]
+
+
+@pytest.mark.parametrize(("case", "num_simulations", "search_depth"), SEARCHES)
+def test_search(case, num_simulations, search_depth, capsys):
     """Same key, same roots in one batch: the same visit counts and actions, and the root's values."""
     which = f"search_{num_simulations}_{search_depth}"
-    expected = {name: MZU.golden[f"{which}_{name}"] for name in ("policy", "action", "root_value")}
-    model = mzu.Model(3, dataclasses.replace(MZU.model.args, num_simulations=num_simulations, search_depth=search_depth))
-    params = MZU.parameters("params0")
-    state = jnp.asarray(MZU.golden["net_state"])
+    expected = {name: case.golden[f"{which}_{name}"] for name in ("policy", "action", "root_value")}
+    args = dataclasses.replace(case.model.args, num_simulations=num_simulations, search_depth=search_depth)
+    model = case.script.Model(case.model.num_actions, args)
+    params, state = case.parameters("params0"), jnp.asarray(case.golden["net_state"])
     prediction = model.bind(params).prediction(state)
-    result = mzu.search(params, jax.random.PRNGKey(3), state, prediction, model)
+    result = case.script.search(params, jax.random.PRNGKey(3), state, prediction, model)
     counts, theirs = (np.asarray(policy) * num_simulations for policy in (result.policy, expected["policy"]))
     np.testing.assert_allclose(theirs, np.round(theirs), atol=1e-5)
     assert np.array_equal(np.round(counts), np.round(theirs))
     assert np.array_equal(result.action, expected["action"])
+    with capsys.disabled():
+        print(f"\nroot values: {relative(result.value, expected['root_value']):.1e}")
     assert relative(result.value, expected["root_value"]) < 1e-5
 
 
