@@ -1,10 +1,12 @@
 """Updates per second of a training script, compile time apart, and what the rest of its time goes to.
 
     python benchmark/throughput.py rosmo_bsuite --env-id catch
-    python benchmark/throughput.py rosmo_bsuite --env-id cartpole --batch-size 256 --cpu-devices 1
+    python benchmark/throughput.py muzero_unplugged_bsuite --env-id cartpole --batch-size 256 --cpu-devices 1
+    python benchmark/throughput.py rosmo_atari --env-id Breakout --batch-size 16
+    python benchmark/throughput.py rosmo_atari --env-id Breakout --memory     # compile only: operations and memory
 
-What follows the script's name are its own flags. Every figure is the median of REPEATS timings in one
-process, with the smallest and the largest; quote the median. Peak memory is that of the whole process.
+What follows the script's name are its own flags. Every figure is the median of REPEATS timings in one process, with the
+smallest and the largest; quote the median. Peak memory is that of the whole process.
 """
 
 import importlib
@@ -21,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.dataset import InputError
-from data.record_bsuite import make_environment
 from data.runs import parse_args, run_program, use_devices
 
 ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 9
-UPDATES = 200  # per timing, in calls of --updates-per-call as in training
+BSUITE_UPDATES = 200  # per timing, in calls of --updates-per-call as in training
+ATARI_SECONDS = 3.0  # about, per timing
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> float:
@@ -40,12 +42,25 @@ def spread(values: list[float], unit: str) -> str:
     return f"{np.median(values):.3g} {unit} ({min(values):.3g} to {max(values):.3g})"
 
 
-def main(name: str, flags: list[str]) -> int:
-    if not (ROOT / f"{name}.py").exists():
-        raise InputError(f"there is no script {name}.py in {ROOT}")
-    script: Any = importlib.import_module(name)
-    args = parse_args(script.Args, Path(script.__file__), f"{name}'s flags", flags)
-    use_devices(args.batch_size, args.cpu_devices)
+def report(rows: dict[str, str]) -> None:
+    for name, value in rows.items():
+        print(f"{name:20} {value}", flush=True)
+
+
+def describe_machine(args: Any, steps: int) -> None:
+    print(f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(f"{steps} steps, batch {args.batch_size}, {args.compute_dtype}")
+
+
+def peak_memory() -> str:
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
+
+
+def bsuite(script: Any, args: Any) -> None:
+    """Labels of the dataset and compiled loops of updates."""
+    from data.record_bsuite import make_environment
+
     environment = make_environment(args.env_id, args.seed, args.noise)
     model = script.Model(environment.action_spec().num_values, args)
     dataset = script.load_dataset(args)
@@ -59,47 +74,123 @@ def main(name: str, flags: list[str]) -> int:
 
     @jax.jit
     def sample_only(key: jax.Array, data: Any, labels: Any) -> jax.Array:
-        """Draws the windows of UPDATES updates and reads every number of them."""
+        """Draws the windows of BSUITE_UPDATES updates and reads every number of them."""
 
         def body(i: jax.Array, total: jax.Array) -> jax.Array:
             index = script.sample_windows(jax.random.fold_in(key, i), len(data.action), args)
             rows = (jnp.sum(x[index].reshape(args.batch_size, -1), axis=1) for x in jax.tree.leaves((data, labels)))
             return total + jnp.sum(sum(rows, start=jnp.zeros(args.batch_size)))  # devices exchange one number
 
-        return jax.lax.fori_loop(0, UPDATES, body, jnp.float32(0))
+        return jax.lax.fori_loop(0, BSUITE_UPDATES, body, jnp.float32(0))
 
     jax.block_until_ready(sample_only(state.key, data, labels))
-    state, _ = compiled(state, np.int32(UPDATES), data, labels)
+    state, _ = compiled(state, np.int32(BSUITE_UPDATES), data, labels)
     script.evaluate(state, model)
     update_ms, label_ms, sample_ms, evaluation_s = [], [], [], []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        for _ in range(UPDATES // args.updates_per_call):
+        for _ in range(BSUITE_UPDATES // args.updates_per_call):
             state, metrics = compiled(state, np.int32(args.updates_per_call), data, labels)
             jax.tree.map(float, metrics)
-        updates = UPDATES // args.updates_per_call * args.updates_per_call
+        updates = BSUITE_UPDATES // args.updates_per_call * args.updates_per_call
         update_ms.append((time.perf_counter() - start) / updates * 1e3)
         label_ms.append(timed(script.label_dataset, state, data.observation, model) * 1e3 / args.target_update_interval)
-        sample_ms.append(timed(sample_only, state.key, data, labels) / UPDATES * 1e3)
+        sample_ms.append(timed(sample_only, state.key, data, labels) / BSUITE_UPDATES * 1e3)
         evaluation_s.append(timed(script.evaluate, state, model))
     total_ms = [update + label for update, label in zip(update_ms, label_ms, strict=True)]
     evaluation_ms = np.median(evaluation_s) * 1e3 / args.eval_interval
-    share = {
-        "sampling windows": np.median(sample_ms) / np.median(total_ms),
-        "labelling the dataset": np.median(label_ms) / np.median(total_ms),
-        f"evaluation every {args.eval_interval} updates": evaluation_ms / (np.median(total_ms) + evaluation_ms),
-    }
+    describe_machine(args, len(data.action))
+    report(
+        {
+            "compilation": f"{compile_seconds:.1f} s",
+            "updates per second": spread([1e3 / ms for ms in total_ms], ""),
+            "one update": spread(total_ms, "ms"),
+            "of it labelling": spread(label_ms, "ms"),
+            "of it sampling": spread(sample_ms, "ms"),
+            "one evaluation": f"{spread(evaluation_s, 's')}, {args.eval_episodes} episodes, "
+            f"{100 * evaluation_ms / (np.median(total_ms) + evaluation_ms):.1f} % of the time at --eval-interval",
+            "peak memory": peak_memory(),
+        }
+    )
+
+
+def matrix_product_speed(dtype: str) -> float:
+    """Operations per second of a large matrix product on one device, times the devices of an accelerator."""
+    size = 8192 if jax.default_backend() != "cpu" else 3072
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    timed(product, x)
+    devices = jax.device_count() if jax.default_backend() != "cpu" else 1  # one CPU device uses every core for this
+    return 2 * size**3 / min(timed(product, x) for _ in range(5)) * devices
+
+
+def atari(script: Any, args: Any, memory_only: bool) -> None:
+    """Single updates on batches of windows."""
+    from data.atari import num_actions
+
+    model = script.Model(num_actions(args.env_id), args)
+    state = script.init_state((84, 84, 4), model)
+    dataset = script.load_dataset(args)
+    batches = script.batches(dataset, state.key, 0, args)
+    batch = next(batches)
+    start = time.perf_counter()
+    compiled = script.update_windows.lower(state, batch, model).compile()
+    compile_seconds = time.perf_counter() - start
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    describe_machine(args, len(dataset.action))
+    report(
+        {
+            "compilation": f"{compile_seconds:.1f} s",
+            "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.3f} million",
+            "temporary memory": f"{memory.temp_size_in_bytes / 2**30:.2f} GiB a device, by the compiler",
+        }
+    )
+    if memory_only:
+        return
+    state, _ = compiled(state, batch)
+    seconds = timed(lambda: compiled(jax.tree.map(jnp.copy, state), batch))
+    count = max(1, round(ATARI_SECONDS / seconds))
+    update_s, read_s = [], []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for _ in range(count):
+            state, metrics = compiled(state, batch)
+            batch = next(batches)
+            jax.tree.map(float, metrics)
+        update_s.append((time.perf_counter() - start) / count)
+    from_host = script.batches(dataset, state.key, 0, args)
+    for _ in range(8):  # those that were read ahead
+        next(from_host)
+    for _ in range(REPEATS):
+        read_s.append(timed(lambda: next(from_host)))
+    speed = matrix_product_speed(args.compute_dtype)
+    flops = cost.get("flops", float("nan")) * jax.device_count()
+    report(
+        {
+            "updates per second": spread([1 / seconds for seconds in update_s], ""),
+            "one update": spread([1e3 * seconds for seconds in update_s], "ms"),
+            "reading a batch": spread([1e3 * seconds for seconds in read_s], "ms"),
+            "operations": f"{flops / 1e9:.1f} GFLOP an update, by the compiler",
+            "speed": f"{flops / np.median(update_s) / 1e9:.0f} GFLOP/s, {100 * flops / np.median(update_s) / speed:.0f} % "
+            f"of a large matrix product's {speed / 1e9:.0f}",
+            "peak memory": peak_memory(),
+        }
+    )
+
+
+def main(name: str, flags: list[str]) -> int:
+    if not (ROOT / f"{name}.py").exists():
+        raise InputError(f"there is no script {name}.py in {ROOT}")
+    script: Any = importlib.import_module(name)
+    memory_only = "--memory" in flags
+    flags = [flag for flag in flags if flag != "--memory"]
+    args = parse_args(script.Args, Path(script.__file__), f"{name}'s flags", flags)
+    use_devices(args.batch_size, args.cpu_devices)
     print(f"{name} {' '.join(flags)}")
-    print(f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print(f"{len(data.action)} steps, batch {args.batch_size}, {args.compute_dtype}")
-    print(f"compilation          {compile_seconds:.1f} s")
-    print(f"updates per second   {spread([1e3 / ms for ms in total_ms], '')}")
-    print(f"one update           {spread(total_ms, 'ms')}")
-    print(f"one evaluation       {spread(evaluation_s, 's')}, {args.eval_episodes} episodes")
-    for part, value in share.items():
-        print(f"share of time        {100 * value:.1f} % {part}")
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
-    print(f"peak memory          {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB")
+    if hasattr(script, "label_dataset"):
+        bsuite(script, args)
+    else:
+        atari(script, args, memory_only)
     return 0
 
 

@@ -13,6 +13,14 @@ from data.runs import Checkpoints, parse_args
 
 SMALL = ["--batch-size", "16", "--eval-episodes", "4", "--eval-envs", "3", "--log-interval", "10"]
 
+# Atari: the smallest networks, for runs on a small dataset.
+TINY = {
+    "batch_size": 4, "channels": 4, "representation_blocks": 1, "dynamics_blocks": 1, "prediction_blocks": 1,
+    "head_channels": 4, "head_width": 8, "num_bins": 21, "unroll_steps": 2, "bootstrap_steps": 2,
+}  # fmt: skip
+TINY_FLAGS = [str(part) for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", value)]
+TINY_FLAGS += ["--eval-episodes", "3", "--eval-envs", "2", "--log-interval", "5"]
+
 
 def run(script: Any, arguments: list[str]) -> int:
     """The script's main() in this process."""
@@ -33,6 +41,12 @@ def last_state(script: Any, run_dir: Path) -> Any:
     """The last checkpoint of a run on catch."""
     args = parse_args(script.Args, Path(script.__file__), None, ["--resume", str(run_dir)])
     return Checkpoints(run_dir).restore(script.init_state((10, 5), script.Model(3, args)))
+
+
+def last_atari_state(script: Any, run_dir: Path) -> Any:
+    """The last checkpoint of a run on Breakout."""
+    args = parse_args(script.Args, Path(script.__file__), None, ["--resume", str(run_dir)])
+    return Checkpoints(run_dir).restore(script.init_state((84, 84, 4), script.Model(4, args)))
 
 
 def assert_same_state(first: Any, second: Any) -> None:

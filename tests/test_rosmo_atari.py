@@ -12,26 +12,12 @@ import pytest
 
 import rosmo_atari as rosmo
 from data.dataset import InputError, keep_fraction, open_dataset
-from data.runs import Checkpoints, parse_args
+from data.runs import parse_args
 from tests import programs
-from tests.programs import assert_same_state, metrics
+from tests.programs import TINY, TINY_FLAGS, assert_same_state, metrics
 
-TINY = {
-    "batch_size": 4, "channels": 4, "representation_blocks": 1, "dynamics_blocks": 1, "prediction_blocks": 1,
-    "head_channels": 4, "head_width": 8, "num_bins": 21, "unroll_steps": 2, "bootstrap_steps": 2,
-}  # fmt: skip
-FLAGS = [str(part) for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", value)]
-FLAGS += ["--eval-episodes", "3", "--eval-envs", "2", "--log-interval", "5"]
 ARGS = rosmo.Args(**TINY)
 run = functools.partial(programs.run, rosmo)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """A small recorded dataset: 1,500 steps of random play."""
-    from data.record_atari import Args, record
-
-    return record(Args("Breakout", steps=1500, num_envs=4, out=tmp_path_factory.mktemp("datasets") / "Breakout"))
 
 
 # ----------------------------------------------------------------------------------------------------- Frames and batches
@@ -57,7 +43,7 @@ def test_stacks_at_episode_starts():
             assert (stacks[b, t - b] == stacks[b, t - b, :1, :1]).all()
 
 
-def test_stacks_equal_envpools(dataset):
+def test_stacks_equal_envpools():
     """The stack after a reset is four times the first frame, as EnvPool gives it."""
     from data.atari import make_environments
 
@@ -66,8 +52,10 @@ def test_stacks_equal_envpools(dataset):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_batches_from_host_and_device_are_equal(dataset, fraction):
-    data = keep_fraction(open_dataset(dataset), fraction, seed=0) if fraction < 1 else open_dataset(dataset)
+def test_batches_from_host_and_device_are_equal(breakout_dataset, fraction):
+    data = (
+        keep_fraction(open_dataset(breakout_dataset), fraction, seed=0) if fraction < 1 else open_dataset(breakout_dataset)
+    )
     key = jax.random.PRNGKey(3)
     host, device = (rosmo.batches(data, key, 7, dataclasses.replace(ARGS, data_place=place)) for place in ("host", "device"))
     for _ in range(3):
@@ -115,14 +103,12 @@ def test_evaluation_counts_every_environment_alike(monkeypatch, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- Runs
 
 
-def last_state(run_dir):
-    args = parse_args(rosmo.Args, programs.Path(rosmo.__file__), None, ["--resume", str(run_dir)])
-    return Checkpoints(run_dir).restore(rosmo.init_state((84, 84, 4), rosmo.Model(4, args)))
+last_state = functools.partial(programs.last_atari_state, rosmo)
 
 
 @pytest.fixture(scope="module")
-def flags(dataset):
-    return ["--data-dir", str(dataset), *FLAGS]
+def flags(breakout_dataset):
+    return ["--data-dir", str(breakout_dataset), *TINY_FLAGS]
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +119,9 @@ def whole_run(flags, tmp_path_factory):
     return run_dir
 
 
-def test_files_of_a_run(whole_run, dataset):
+def test_files_of_a_run(whole_run, breakout_dataset):
     settings = json.loads((whole_run / "args.json").read_text())
-    assert settings["script"] == "rosmo_atari" and settings["dataset"] == open_dataset(dataset).meta
+    assert settings["script"] == "rosmo_atari" and settings["dataset"] == open_dataset(breakout_dataset).meta
     assert {"envpool", "gymnasium"} <= settings["versions"].keys()
     lines = metrics(whole_run)
     training = [line for line in lines if "train/total_loss" in line]
