@@ -37,6 +37,7 @@ from data.runs import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("catch", "cartpole", "mountain_car")
+FRACTIONS = {"catch": 0.2, "cartpole": 0.05, "mountain_car": 0.2}  # of the episodes, in all studies but coverage
 SCORED = 2  # evaluations at the end of a run whose mean is its score
 
 
@@ -81,17 +82,19 @@ LABELS = {
 
 
 def points_of(study: str) -> list[Point]:
-    """The settings of a study. All but coverage are made on a twentieth of the episodes."""
+    """The settings of a study."""
 
     def point(method: str, x: float | None, **flags: object) -> Point:
         script, own = METHODS[method]
-        settings = {"data-fraction": 0.05} | {name.replace("_", "-"): value for name, value in (own | flags).items()}
-        return Point(method, x, script, settings)
+        return Point(method, x, script, {name.replace("_", "-"): value for name, value in (own | flags).items()})
 
-    compared = ("ROSMO", "one-step, no regularisation", "MuZero Unplugged")
+    compared = ("ROSMO", "MuZero Unplugged")
     if study == "coverage":
-        fractions = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-        return [point(method, x, data_fraction=x) for x in fractions for method in compared]
+        methods, fractions = (
+            ("ROSMO", "one-step, no regularisation", "MuZero Unplugged"),
+            (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+        )
+        return [point(method, x, data_fraction=x) for x in fractions for method in methods]
     if study == "budget":
         searches = ("MuZero Unplugged", "MZU-Q", "Gumbel MuZero")
         budgets = (2, 4, 8, 16, 32)
@@ -110,7 +113,8 @@ def points_of(study: str) -> list[Point]:
 def train(args: Args, point: Point, task: str, seed: int) -> list[dict]:
     """Makes, resumes or only reads one run, and returns its evaluations. Raises InputError if the run fails."""
     updates = dict(zip(args.tasks, args.updates, strict=True))[task]
-    flags = {"env-id": task, "seed": seed, "total-steps": updates, "batch-size": args.batch_size} | point.flags
+    flags: dict[str, object] = {"env-id": task, "seed": seed, "total-steps": updates, "batch-size": args.batch_size}
+    flags |= {"data-fraction": FRACTIONS[task]} | point.flags
     flags |= {"eval-interval": updates // args.evaluations}
     run_dir = args.runs / "__".join([point.script, *(f"{name}={flags[name]}" for name in sorted(flags))])
     path = run_dir / "metrics.jsonl"
