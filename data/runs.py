@@ -253,22 +253,32 @@ def use_devices(batch_size: int, cpu_devices: int) -> None:
 
 
 def prefetch(items: Iterator[Item], ahead: int = 4) -> Iterator[Item]:
-    """The same items, made ahead of their use in a thread; an error in the thread comes out where they are used."""
-    waiting: queue.Queue[tuple[Item | None, Exception | None]] = queue.Queue(maxsize=ahead)
+    """Endless items, made ahead of their use in a thread; an error in the thread comes out where they are used."""
+    waiting: queue.Queue[tuple[Item | None, Exception | None]] = queue.Queue()
+    wanted = threading.Semaphore(ahead)  # items that may be made now
+    stopped = threading.Event()
 
     def make() -> None:
         try:
             for item in items:
                 waiting.put((item, None))
+                wanted.acquire()
+                if stopped.is_set():
+                    return
         except Exception as error:
             waiting.put((None, error))
 
     threading.Thread(target=make, daemon=True).start()
-    while True:
-        item, error = waiting.get()
-        if error is not None:
-            raise error
-        yield item  # type: ignore[misc]
+    try:
+        while True:
+            item, error = waiting.get()
+            if error is not None:
+                raise error
+            wanted.release()
+            yield item  # type: ignore[misc]
+    finally:  # nobody wants more
+        stopped.set()
+        wanted.release()
 
 
 def catch_signals() -> list[int]:

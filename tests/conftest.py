@@ -1,15 +1,7 @@
-import os
-import tempfile
-
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)  # as the scripts do on a machine with two cores
-# Programs that several tests compile, in this process or in others, are compiled once.
-cache = tempfile.TemporaryDirectory(prefix="rosmo-tests-")
-jax.config.update("jax_compilation_cache_dir", cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": cache.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
 
 
 @pytest.fixture(scope="session")
