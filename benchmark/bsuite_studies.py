@@ -10,13 +10,18 @@
 
 Each writes benchmark/results/bsuite_STUDY.csv, one line per evaluation, and draws bsuite_STUDY.png from it: the
 interquartile mean over runs and tasks with 95 % stratified bootstrap intervals (Agarwal et al. 2021). A run's score is
-the mean of its last two evaluations. A stopped study goes on where it was, and studies share the runs that they have in
-common: runs/bsuite_studies/ keeps them; whole ones are read, others resumed.
+the mean of the evaluations in its second half. A stopped study goes on where it was, and studies share the runs that they
+have in common: runs/bsuite_studies/ keeps them; whole ones are read, others resumed.
+
+SCALES is what a few hours of two cores allow. With little data and few updates a search has learnt nothing on cartpole
+yet, and its episodes of 1,001 steps make ten times more labels than catch: only the study of coverage has that task.
 """
 
 import csv
+import dataclasses
 import json
 import os
+import queue
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,20 +41,31 @@ from data.record_bsuite import record_if_missing
 from data.runs import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ("catch", "cartpole", "mountain_car")
-FRACTIONS = {"catch": 0.2, "cartpole": 0.05, "mountain_car": 0.2}  # of the episodes, in all studies but coverage
-SCORED = 2  # evaluations at the end of a run whose mean is its score
+FRACTION = 0.2  # of the episodes, in all studies but coverage
+
+
+class Scale(NamedTuple):
+    """How long the runs of a study are: updates by task, and how many evaluations they are parted by."""
+
+    updates: dict[str, int]
+    evaluations: int
+
+
+SCALES = {
+    "coverage": Scale({"catch": 10_000, "cartpole": 6_000, "mountain_car": 6_000}, 5),
+    **dict.fromkeys(("budget", "depth", "noise", "capacity"), Scale({"catch": 30_000, "mountain_car": 10_000}, 10)),
+}
 
 
 @dataclass(frozen=True)
 class Args:
     study: tyro.conf.Positional[Literal["coverage", "budget", "depth", "noise", "capacity"]]  # which one
-    tasks: tuple[str, ...] = TASKS  # tasks to train on
+    tasks: tuple[str, ...] = ()  # tasks to train on (default: the study's, see SCALES)
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the runs
-    updates: tuple[int, ...] = (10_000, 6_000, 6_000)  # of each run, task by task
+    updates: tuple[int, ...] = ()  # of each run, task by task (default: SCALES)
     batch_size: int = 128  # windows per update; the paper's is 512
-    evaluations: int = 5  # of each run
-    workers: int = 2  # runs side by side on this machine; each gets its share of the cores
+    evaluations: int = 0  # of each run (default: SCALES)
+    workers: int = 2  # runs side by side on this machine, each on cores of its own
     part: int | None = None  # with --parts: make only this part of the runs, 0 to parts - 1, and neither table nor figure
     parts: int = 1  # into how many parts the runs are split
     runs: Path = Path("runs/bsuite_studies")  # where the runs are kept
@@ -110,11 +126,36 @@ def points_of(study: str) -> list[Point]:
     return [point(method, x, **width) for x, width in widths.items() for method in compared]
 
 
+def scaled(args: Args) -> Args:
+    """The same settings, with SCALES for what was left open. Raises InputError for settings that do not fit together."""
+    scale = SCALES[args.study]
+    tasks = args.tasks or tuple(scale.updates)
+    if not args.updates and (unknown := [task for task in tasks if task not in scale.updates]):
+        raise InputError(f"--updates is needed for {', '.join(unknown)}, which {args.study} does not have by default")
+    updates = args.updates or tuple(scale.updates[task] for task in tasks)
+    if len(updates) != len(tasks):
+        raise InputError(f"--updates needs one number for each of the {len(tasks)} tasks")
+    if args.part is not None and not 0 <= args.part < args.parts:
+        raise InputError(f"--part is from 0 to --parts - 1, not {args.part}")
+    return dataclasses.replace(args, tasks=tasks, updates=updates, evaluations=args.evaluations or scale.evaluations)
+
+
+def available_cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def keep_to_cores(free: queue.SimpleQueue[set[int]]) -> None:
+    """Binds a worker, and with it the runs that it starts, to a set of cores of its own: two runs that both use both
+    cores take twice as long. (Linux; elsewhere they share all cores.)"""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, free.get())
+
+
 def train(args: Args, point: Point, task: str, seed: int) -> list[dict]:
     """Makes, resumes or only reads one run, and returns its evaluations. Raises InputError if the run fails."""
     updates = dict(zip(args.tasks, args.updates, strict=True))[task]
     flags: dict[str, object] = {"env-id": task, "seed": seed, "total-steps": updates, "batch-size": args.batch_size}
-    flags |= {"data-fraction": FRACTIONS[task]} | point.flags
+    flags |= {"data-fraction": FRACTION} | point.flags
     flags |= {"eval-interval": updates // args.evaluations}
     run_dir = args.runs / "__".join([point.script, *(f"{name}={flags[name]}" for name in sorted(flags))])
     path = run_dir / "metrics.jsonl"
@@ -125,9 +166,7 @@ def train(args: Args, point: Point, task: str, seed: int) -> list[dict]:
         return [line | {"update_seconds": seconds[line["step"]]} for line in lines if "eval/return_mean" in line]
 
     if not any(line["step"] == updates for line in evaluations()):
-        cores = os.cpu_count() or 1
         flags |= {"run-dir": run_dir, "checkpoint-interval": updates // args.evaluations}
-        flags |= {"cpu-devices": 1 if args.workers >= cores else min(8, cores // args.workers)}
         arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
         if path.exists():
             arguments = ["--resume", str(run_dir)]
@@ -162,8 +201,8 @@ def scores_of(rows: list[dict], method: str, x: float | None, tasks: tuple[str, 
     seeds = sorted({seed for _, seed in runs})
 
     def score(task: str, seed: int) -> float:
-        last = sorted(runs[task, seed], key=lambda row: row["step"])[-SCORED:]
-        return float(np.mean([row["normalized_score"] for row in last]))
+        in_order = sorted(runs[task, seed], key=lambda row: row["step"])
+        return float(np.mean([row["normalized_score"] for row in in_order[-(len(in_order) // 2) :]]))
 
     return np.array([[score(task, seed) for task in tasks] for seed in seeds])
 
@@ -202,17 +241,17 @@ def draw(args: Args, rows: list[dict], path: Path, log: Callable[[str], None]) -
 
 
 def main(args: Args) -> int:
-    if len(args.updates) != len(args.tasks):
-        raise InputError(f"--updates needs one number for each of the {len(args.tasks)} tasks")
-    if args.part is not None and not 0 <= args.part < args.parts:
-        raise InputError(f"--part is from 0 to --parts - 1, not {args.part}")
+    args = scaled(args)
     jobs = [(point, task, seed) for point in points_of(args.study) for task in args.tasks for seed in args.seeds]
     if args.part is not None:
         jobs = jobs[args.part :: args.parts]
     for task, noise in sorted({(task, float(str(point.flags.get("noise", 0.0)))) for point, task, _ in jobs}):
         record_if_missing(task, noise)
     results: dict[int, list[dict]] = {}
-    with ThreadPoolExecutor(args.workers) as pool:
+    cores, free = available_cores(), queue.SimpleQueue[set[int]]()
+    for worker in range(args.workers):
+        free.put(set(cores[worker :: args.workers] or cores[worker % len(cores) :][:1]))
+    with ThreadPoolExecutor(args.workers, initializer=keep_to_cores, initargs=(free,)) as pool:
         futures = {pool.submit(train, args, *job): i for i, job in enumerate(jobs)}
         try:
             for future in tqdm(as_completed(futures), total=len(jobs), desc=args.study, unit="run"):
