@@ -17,30 +17,22 @@ SCALES is what a few hours of two cores allow. With little data and few updates 
 yet, and its episodes of 1,001 steps make ten times more labels than catch: only the study of coverage has that task.
 """
 
-import csv
 import dataclasses
-import json
-import os
-import queue
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import studies
 import tyro
-from rliable import library, metrics
-from tqdm import tqdm
+from studies import Run
 
 from data.dataset import InputError
 from data.record_bsuite import record_if_missing
 from data.runs import run_program
 
-ROOT = Path(__file__).resolve().parent.parent
 FRACTION = 0.2  # of the episodes, in all studies but coverage
 
 
@@ -57,19 +49,15 @@ SCALES = {
 }
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(studies.Args):
     study: tyro.conf.Positional[Literal["coverage", "budget", "depth", "noise", "capacity"]]  # which one
-    tasks: tuple[str, ...] = ()  # tasks to train on (default: the study's, see SCALES)
-    seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the runs
-    updates: tuple[int, ...] = ()  # of each run, task by task (default: SCALES)
+    tasks: tuple[str, ...] = ()  # tasks to train on; without it those of SCALES
+    updates: tuple[int, ...] = ()  # of each run, task by task; without it as in SCALES
     batch_size: int = 128  # windows per update; the paper's is 512
-    evaluations: int = 0  # of each run (default: SCALES)
+    evaluations: int = 0  # of each run; 0 for as in SCALES
     workers: int = 2  # runs side by side on this machine, each on cores of its own
-    part: int | None = None  # with --parts: make only this part of the runs, 0 to parts - 1, and neither table nor figure
-    parts: int = 1  # into how many parts the runs are split
     runs: Path = Path("runs/bsuite_studies")  # where the runs are kept
-    results: Path = ROOT / "benchmark" / "results"  # where table and figure go
 
 
 class Point(NamedTuple):
@@ -135,76 +123,21 @@ def scaled(args: Args) -> Args:
     updates = args.updates or tuple(scale.updates[task] for task in tasks)
     if len(updates) != len(tasks):
         raise InputError(f"--updates needs one number for each of the {len(tasks)} tasks")
-    if args.part is not None and not 0 <= args.part < args.parts:
-        raise InputError(f"--part is from 0 to --parts - 1, not {args.part}")
     return dataclasses.replace(args, tasks=tasks, updates=updates, evaluations=args.evaluations or scale.evaluations)
 
 
-def available_cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-def keep_to_cores(free: queue.SimpleQueue[set[int]]) -> None:
-    """Binds a worker, and with it the runs that it starts, to a set of cores of its own: two runs that both use both
-    cores take twice as long. (Linux; elsewhere they share all cores.)"""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, free.get())
-
-
-def train(args: Args, point: Point, task: str, seed: int) -> list[dict]:
-    """Makes, resumes or only reads one run, and returns its evaluations. Raises InputError if the run fails."""
+def run_of(args: Args, point: Point, task: str, seed: int) -> Run:
+    """The run of one setting on one task."""
+    flags: dict[str, object] = {"env-id": task, "seed": seed, "batch-size": args.batch_size, "data-fraction": FRACTION}
     updates = dict(zip(args.tasks, args.updates, strict=True))[task]
-    flags: dict[str, object] = {"env-id": task, "seed": seed, "total-steps": updates, "batch-size": args.batch_size}
-    flags |= {"data-fraction": FRACTION} | point.flags
-    flags |= {"eval-interval": updates // args.evaluations}
-    run_dir = args.runs / "__".join([point.script, *(f"{name}={flags[name]}" for name in sorted(flags))])
-    path = run_dir / "metrics.jsonl"
-
-    def evaluations() -> list[dict]:
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        seconds = {line["step"]: line["time/update"] for line in lines if "time/update" in line}
-        return [line | {"update_seconds": seconds[line["step"]]} for line in lines if "eval/return_mean" in line]
-
-    if not any(line["step"] == updates for line in evaluations()):
-        flags |= {"run-dir": run_dir, "checkpoint-interval": updates // args.evaluations}
-        arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-        if path.exists():
-            arguments = ["--resume", str(run_dir)]
-        # What runs have in common, those that differ only in the seed for instance, is compiled once.
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(args.runs.absolute() / "compiled")}
-        environment = cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | dict(os.environ)
-        command = [sys.executable, str(ROOT / f"{point.script}.py"), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if result.returncode != 0:
-            raise InputError(f"{run_dir} stopped with exit code {result.returncode}: {result.stderr.strip()[-500:]}")
-    return evaluations()
-
-
-def interval_estimates(scores: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
-    """Interquartile mean and the ends of its 95 % interval, of scores [runs, tasks] by name."""
-
-    def interquartile_mean(x: np.ndarray) -> np.ndarray:
-        return np.array([metrics.aggregate_iqm(x)])
-
-    means, intervals = library.get_interval_estimates(
-        scores, interquartile_mean, reps=2000, random_state=np.random.RandomState(0)
-    )
-    return {name: (float(means[name][0]), float(low), float(high)) for name, ((low,), (high,)) in intervals.items()}
+    return Run(point.script, flags | point.flags, updates, args.evaluations)
 
 
 def scores_of(rows: list[dict], method: str, x: float | None, tasks: tuple[str, ...]) -> np.ndarray:
     """Scores [runs, tasks] of one setting."""
-    runs: dict[tuple[str, int], list[dict]] = {}
-    for row in rows:
-        if row["method"] == method and row["x"] == x:
-            runs.setdefault((row["task"], row["seed"]), []).append(row)
+    runs = studies.runs_of(rows, lambda row: row["method"] == method and row["x"] == x)
     seeds = sorted({seed for _, seed in runs})
-
-    def score(task: str, seed: int) -> float:
-        in_order = sorted(runs[task, seed], key=lambda row: row["step"])
-        return float(np.mean([row["normalized_score"] for row in in_order[-(len(in_order) // 2) :]]))
-
-    return np.array([[score(task, seed) for task in tasks] for seed in seeds])
+    return np.array([[studies.final_score(runs[task, seed]) for task in tasks] for seed in seeds])
 
 
 def draw(args: Args, rows: list[dict], path: Path, log: Callable[[str], None]) -> None:
@@ -217,7 +150,7 @@ def draw(args: Args, rows: list[dict], path: Path, log: Callable[[str], None]) -
         for i, method in enumerate(methods):
             xs = sorted({row["x"] for row in rows if row["method"] == method and row["x"] is not None})
             scores = {str(x): scores_of(rows, method, x, tasks) for x in xs or [None]}
-            estimates = np.array(list(interval_estimates(scores).values()))  # [places, 3]
+            estimates = np.array(list(studies.interval_estimates(scores).values()))  # [places, 3]
             if title == "all tasks":
                 cells = (f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in estimates)
                 log(f"| {method} | {' | '.join(cells)} |")
@@ -242,36 +175,20 @@ def draw(args: Args, rows: list[dict], path: Path, log: Callable[[str], None]) -
 
 def main(args: Args) -> int:
     args = scaled(args)
-    jobs = [(point, task, seed) for point in points_of(args.study) for task in args.tasks for seed in args.seeds]
-    if args.part is not None:
-        jobs = jobs[args.part :: args.parts]
-    for task, noise in sorted({(task, float(str(point.flags.get("noise", 0.0)))) for point, task, _ in jobs}):
+    settings = [(point, task, seed) for point in points_of(args.study) for task in args.tasks for seed in args.seeds]
+    settings = studies.part_of(settings, args)
+    for task, noise in sorted({(task, float(str(point.flags.get("noise", 0.0)))) for point, task, _ in settings}):
         record_if_missing(task, noise)
-    results: dict[int, list[dict]] = {}
-    cores, free = available_cores(), queue.SimpleQueue[set[int]]()
-    for worker in range(args.workers):
-        free.put(set(cores[worker :: args.workers] or cores[worker % len(cores) :][:1]))
-    with ThreadPoolExecutor(args.workers, initializer=keep_to_cores, initargs=(free,)) as pool:
-        futures = {pool.submit(train, args, *job): i for i, job in enumerate(jobs)}
-        try:
-            for future in tqdm(as_completed(futures), total=len(jobs), desc=args.study, unit="run"):
-                results[futures[future]] = future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what is running goes on to its end, or gets the interrupt too
-            raise
+    results = studies.make_all([run_of(args, *setting) for setting in settings], args.runs, args.workers, args.study)
     if args.part is not None:
         return 0
     rows = []
-    for i, (point, task, seed) in enumerate(jobs):
-        for line in results[i]:
+    for (point, task, seed), evaluations in zip(settings, results, strict=True):
+        for line in evaluations:
             values = {name.removeprefix("eval/"): value for name, value in line.items()}
             rows.append({"study": args.study, "method": point.method, "x": point.x, "task": task, "seed": seed, **values})
-    args.results.mkdir(parents=True, exist_ok=True)
     table = args.results / f"bsuite_{args.study}.csv"
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    studies.write_table(table, rows)
     places = sorted({row["x"] for row in rows if row["x"] is not None})
     print(f"| {LABELS[args.study]} | {' | '.join(f'{x:g}' for x in places)} |\n| --- |{' --- |' * len(places)}")
     draw(args, rows, table.with_suffix(".png"), print)

@@ -1,6 +1,7 @@
 """Running the scripts from tests, in this process or as programs of their own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,16 @@ def last_atari_state(script: Any, run_dir: Path) -> Any:
     """The last checkpoint of a run on Breakout."""
     args = parse_args(script.Args, Path(script.__file__), None, ["--resume", str(run_dir)])
     return Checkpoints(run_dir).restore(script.init_state((84, 84, 4), script.Model(4, args)))
+
+
+def rewound(run_dir: Path, copy: Path, step: int) -> Path:
+    """A copy of a run as it was, had it been killed after its checkpoint of `step`."""
+    shutil.copytree(run_dir, copy)
+    for checkpoint in (copy / "checkpoints").glob("[0-9]*"):
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    assert (copy / "checkpoints" / str(step)).exists()
+    return copy
 
 
 def assert_same_state(first: Any, second: Any) -> None:

@@ -36,19 +36,16 @@ def flags(breakout_dataset):
 
 
 def test_a_run_and_a_resumed_one(flags, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run([*flags, "--total-steps", "10", "--run-dir", str(whole)]) == 0
+    whole = tmp_path / "whole"
+    assert run([*flags, "--total-steps", "10", "--checkpoint-interval", "6", "--run-dir", str(whole)]) == 0
     training = [line for line in metrics(whole) if "train/total_loss" in line]
     assert [line["step"] for line in training] == [5, 10] and "train/behavior_loss" not in training[0]
     assert metrics(whole)[-1]["eval/episodes"] == 1
-    assert run([*flags, "--total-steps", "6", "--run-dir", str(parts)]) == 0
-    assert run(["--resume", str(parts), "--total-steps", "10"]) == 0
-    states = [programs.last_atari_state(mzu, run_dir) for run_dir in (whole, parts)]
-    assert_same_state(*states)
+    resumed = programs.rewound(whole, tmp_path / "resumed", step=6)
+    assert run(["--resume", str(resumed)]) == 0
+    assert_same_state(*(programs.last_atari_state(mzu, run_dir) for run_dir in (whole, resumed)))
 
 
-@pytest.mark.parametrize("target", ["mzu_q", "gumbel"])
-def test_other_targets_run(flags, tmp_path, target):
-    settings = ["--policy-target", target, "--total-steps", "5", "--run-dir", str(tmp_path / "run")]
-    assert run([*flags, *settings]) == 0
+def test_gumbel_muzero_runs(flags, tmp_path):
+    assert run([*flags, "--policy-target", "gumbel", "--total-steps", "5", "--run-dir", str(tmp_path / "run")]) == 0
     assert all(np.isfinite(value) for value in metrics(tmp_path / "run")[0].values())
