@@ -6,7 +6,7 @@
     python benchmark/bsuite_studies.py noise                 # stochastic tasks
     python benchmark/bsuite_studies.py capacity              # width of the dynamics network
     python benchmark/bsuite_studies.py coverage --workers 8  # eight runs side by side
-    sbatch benchmark/bsuite_studies.slurm coverage           # on a cluster; afterwards call it once more as above
+    sbatch benchmark/studies.slurm bsuite_studies coverage    # on a cluster; afterwards call it once more as above
 
 Each writes benchmark/results/bsuite_STUDY.csv, one line per evaluation, and draws bsuite_STUDY.png from it: the
 interquartile mean over runs and tasks with 95 % stratified bootstrap intervals (Agarwal et al. 2021). A run's score is

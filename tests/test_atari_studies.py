@@ -1,0 +1,49 @@
+"""benchmark/atari_studies.py: its settings, its tables and its figures, from runs that are made up."""
+
+import csv
+import sys
+
+import pytest
+
+sys.path.insert(0, "benchmark")
+
+import atari_studies
+import studies
+
+from data.dataset import InputError
+
+GAMES = ("Breakout", "Pong")
+
+
+@pytest.mark.parametrize("study", ["comparison", "budget", "unroll"])
+def test_settings_table_and_figure(monkeypatch, tmp_path, capsys, study):
+    import muzero_unplugged_atari
+    import rosmo_atari
+
+    scripts = {"rosmo_atari": rosmo_atari, "muzero_unplugged_atari": muzero_unplugged_atari}
+    made = []
+
+    def make(run, folder):
+        scripts[run.script].Args(**{name.replace("-", "_"): value for name, value in run.flags.items()})
+        made.append(run.folder(folder))
+        score = 0.1 * run.flags["seed"] + (run.script == "rosmo_atari")
+        common = {"eval/return_mean": 5.0, "update_seconds": 7200.0}
+        return [{"step": 1000 * i, "eval/normalized_score": score * (i > 1), **common} for i in range(1, 5)]
+
+    monkeypatch.setattr(studies, "make", make)
+    monkeypatch.setattr(atari_studies, "record_if_missing", lambda game: None)
+    args = atari_studies.Args(study=study, size="cpu", games=GAMES, results=tmp_path)
+    assert atari_studies.main(args) == 0
+    settings = {"comparison": 3, "budget": 4, "unroll": 8}[study]
+    assert len(set(made)) == len(made) == settings * 2 * 3
+    with (tmp_path / f"atari_{study}_cpu.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4 * len(made)
+    assert (tmp_path / f"atari_{study}_cpu.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert sum(line.startswith(("| ROSMO", "| M", "| G", "| beh")) for line in out.splitlines()) == settings
+    assert "| 1.100 [" in out and "| 2.00 |" in out
+
+
+def test_games_without_scores_are_refused():
+    with pytest.raises(InputError, match="no scores to normalise by for Tennis"):
+        atari_studies.main(atari_studies.Args(study="budget", games=("Tennis",)))
