@@ -18,7 +18,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -30,7 +30,6 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from data.atari import make_environments, normalized_score, num_actions, write_video
 from data.dataset import Dataset, InputError, check_fit, keep_fraction, open_dataset
@@ -123,10 +122,10 @@ class Steps(NamedTuple):
 
 def sharding(*axes: str) -> NamedSharding:
     """sharding("batch") splits the leading axis over all devices, sharding() gives each device the whole."""
-    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), P(*axes))
+    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), jax.P(*axes))
 
 
-def per_device(*in_specs: P, out: P) -> Callable:
+def per_device(*in_specs: jax.P, out: jax.P) -> Callable:
     """Decorates a function that every device calls with its shares of the arguments."""
     return functools.partial(jax.shard_map, mesh=sharding().mesh, in_specs=in_specs, out_specs=out, check_vma=False)
 
@@ -237,14 +236,10 @@ class Model(nn.Module):
 
     def setup(self) -> None:
         args, channels, dtype = self.args, self.args.channels, self.args.compute_dtype
-        # At the edges the mean of the cells that are there.
         pool = functools.partial(nn.avg_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME", count_include_pad=False)
         block = functools.partial(ResBlock, channels, dtype)
-        stem: list[Callable] = [
-            conv(channels // 2, dtype, stride=2),
-            ResBlock(channels // 2, dtype),
-        ]  # to [..., 42, 42, channels / 2]
-        stem += [block(stride=2), block(), pool, block(), pool]  # to 21 x 21, 11 x 11, 6 x 6, of all channels
+        stem: list[Callable] = [conv(channels // 2, dtype, stride=2), ResBlock(channels // 2, dtype)]  # to 42 x 42, C / 2
+        stem += [block(stride=2), block(), pool, block(), pool]  # to 21 x 21, 11 x 11, 6 x 6; no padding counts in a mean
         self.encoder = nn.Sequential([*stem, *(block() for _ in range(args.representation_blocks))])
         self.state_norm, self.with_action = layer_norm(dtype), conv(channels, dtype)
         self.transition = nn.Sequential([block() for _ in range(args.dynamics_blocks)])
@@ -335,8 +330,7 @@ def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction
     tree = result.search_tree.summary()
     if args.policy_target != "mzu_q":
         return Search(result.action, result.action_weights, tree.value)
-    qvalues = jnp.where(tree.visit_counts > 0, tree.qvalues, tree.value[:, None])
-    logits = prediction.policy_logits + qvalues / args.tau
+    logits = prediction.policy_logits + jnp.where(tree.visit_counts > 0, tree.qvalues, tree.value[:, None]) / args.tau
     return Search(jax.random.categorical(jax.random.fold_in(key, 0), logits), jax.nn.softmax(logits), tree.value)
 
 
@@ -429,7 +423,7 @@ class TrainState(NamedTuple):
     params: Any
     target_params: Any
     optimizer_state: Any
-    key: jax.Array  # stays as it is: update t draws from fold_in(key, t)
+    key: jax.Array  # stays as it is: update t draws from fold_in(part, t) of its three parts: windows, actions, labels
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -455,7 +449,7 @@ def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
 def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
     """One update on one batch of windows [B, T] with their labels [B, T]."""
 
-    @per_device(P(), P("batch"), P("batch"), out=P())
+    @per_device(jax.P(), jax.P("batch"), jax.P("batch"), out=jax.P())
     def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict]:
         """Each device takes its share of the batch; gradient and metrics are averaged in a single exchange."""
         flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
@@ -473,7 +467,7 @@ def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, mode
 def update_windows(state: TrainState, windows: Steps, model: Model) -> tuple[TrainState, dict]:
     """One update on windows with history [B, 3 + T]."""
 
-    @per_device(P(), P(), P("batch"), out=P("batch"))
+    @per_device(jax.P(), jax.P(), jax.P("batch"), out=jax.P("batch"))
     def label(target_params: Any, key: jax.Array, observation: jax.Array) -> Labels:
         """Each device labels its share of the batch."""
         return make_labels(target_params, jax.random.fold_in(key, jax.lax.axis_index("batch")), observation, model)
@@ -494,11 +488,11 @@ def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> ja
     return search(params, key, state, net.prediction(state), model).action
 
 
-def evaluate(state: TrainState, model: Model, video: Path | None = None) -> dict[str, float | None]:
-    """Plays eval_episodes episodes in the real environment and returns the "eval/..." metrics.
+def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = (), run_dir: Path | None = None) -> dict[str, Any]:
+    """Plays eval_episodes episodes in the real environment and returns the "eval/..." metrics; {} if stopped_by a signal.
 
     How many episodes each environment plays is fixed beforehand, so that short episodes do not count more often.
-    video: where to film the first environment's first episode.
+    run_dir: with --capture-video, whose videos/ gets the first environment's first episode.
     """
     args, step = model.args, int(state.step)
     num_envs = min(args.eval_envs, args.eval_episodes)
@@ -508,23 +502,25 @@ def evaluate(state: TrainState, model: Model, video: Path | None = None) -> dict
     params, key = jax.device_put((state.params, jax.random.PRNGKey(act_seed)), jax.devices()[0])
     observation, _ = environments.reset()  # [V, 4, 84, 84]
     returns, lengths, running_return, running_length = [], [], np.zeros(num_envs), np.zeros(num_envs, int)
-    film, first_left = [observation[0, -1]], episodes_left[0]
+    film, first_left = [observation[0, -1].copy()], episodes_left[0]
     is_reset = np.zeros(num_envs, bool)  # the step after an episode's end resets; it ignores its action and is not counted
     while episodes_left.any():
+        if stopped_by:
+            return {}
         key, act_key = jax.random.split(key)
         action = np.asarray(act(params, act_key, np.moveaxis(observation, 1, -1), model))
         observation, reward, terminated, truncated, _ = environments.step(action)
         running_return += np.where(is_reset, 0, reward)
         running_length += ~is_reset
         is_reset = terminated | truncated
-        film += [observation[0, -1]] if video and episodes_left[0] == first_left else []
+        film += [observation[0, -1].copy()] if args.capture_video and episodes_left[0] == first_left else []
         for i in np.flatnonzero(is_reset & (episodes_left > 0)):
             returns.append(running_return[i])
             lengths.append(running_length[i])
             episodes_left[i] -= 1
         running_return[is_reset], running_length[is_reset] = 0, 0
-    if video:
-        write_video(video, film)
+    if args.capture_video and run_dir:
+        write_video(run_dir / "videos" / f"{step}.mp4", film)
     return {f"eval/return_{name}": float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")} | {
         "eval/length_mean": float(np.mean(lengths)),
         "eval/normalized_score": normalized_score(args.env_id, float(np.mean(returns))),
@@ -541,57 +537,59 @@ def main(args: Args) -> int:
     model = Model(num_actions(args.env_id), args)
     state = init_state((84, 84, 4), model)
     if args.eval_only and args.resume:
-        state = Checkpoints(args.resume).restore(state)
-        print(json.dumps({"step": int(state.step), **evaluate(state, model)}))
+        state = Checkpoints(args.resume, read_only=True).restore(state)
+        print(json.dumps({"step": int(state.step), **evaluate(state, model, (), args.resume)}))
         return 0
     dataset = load_dataset(args)
     stopped_by = catch_signals()
-    run_dir = open_run(args, Path(__file__), dataset.meta)
+    run_dir = open_run(args, Path(__file__), dataset)
     checkpoints = Checkpoints(run_dir)
     state = checkpoints.restore(state) if args.resume else state
     step = int(state.step)
-    if step >= args.total_steps:
+    log = Log(run_dir, step, args)
+    if step > args.total_steps or (step == args.total_steps and step in log.scored):
         raise InputError(f"{run_dir} has made {step} updates already: name more with --total-steps")
     checkpoints.save(step, state)
-    log = Log(run_dir, step, args)
     print(f"{run_dir}: {len(dataset.action)} steps, {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
     start = time.perf_counter()
     windows = batches(dataset, state.key, step, args)
     batch = next(windows)
     compiled_update = update_windows.lower(state, batch, model).compile()
-    seconds = {"compile": time.perf_counter() - start, "update": 0.0, "evaluation": 0.0}
-    progress = Progress(step, args.total_steps, "--cpu-size suits a CPU", 10)
-    sums, logged_step, logged_seconds = dict[str, float](), step, 0.0
-    while step < args.total_steps and not stopped_by:
+    seconds = log.seconds
+    seconds["compile"] += time.perf_counter() - start
+    progress = Progress(step, args.total_steps, seconds["update"], "" if args.cpu_size else "--cpu-size suits a CPU", 1)
+    sums, logged_step, logged_seconds = dict[str, float](), step, seconds["update"]
+    while True:
+        if (step % args.eval_interval == 0 or step == args.total_steps) and step not in log.scored:
+            start = time.perf_counter()
+            checkpoints.save(step, state)
+            scores = evaluate(state, model, stopped_by, run_dir)
+            seconds["evaluation"] += time.perf_counter() - start
+            log.write(step, scores)
+            progress.print_scores(step, scores)
+        if step == args.total_steps or stopped_by:
+            break
         start = time.perf_counter()
         state, metrics = compiled_update(state, batch)
         batch = next(windows)
-        sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}  # waits for the devices
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(metrics).items()}  # waits
         seconds["update"] += time.perf_counter() - start
         if not np.isfinite([sums["total_loss"], sums["grad_norm"], sums["param_norm"]]).all():
             checkpoints.close()
             sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
         step += 1
         means = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
-        done = step == args.total_steps
-        if is_log := step % args.log_interval == 0 or done:
+        if is_log := step % args.log_interval == 0 or step == args.total_steps:
             means["train/updates_per_second"] = (step - logged_step) / (seconds["update"] - logged_seconds)
             log.write(step, means | {f"time/{name}": value for name, value in seconds.items()})
             sums, logged_step, logged_seconds = {}, step, seconds["update"]
         progress.update(step, means["train/total_loss"], seconds["update"], is_log)
-        if step % args.eval_interval == 0 or done:
-            start = time.perf_counter()
-            scores = evaluate(state, model, run_dir / "videos" / f"{step}.mp4" if args.capture_video else None)
-            seconds["evaluation"] += time.perf_counter() - start
-            log.write(step, scores)
-            progress.print_scores(step, scores)
         if step % args.checkpoint_interval == 0:
             checkpoints.save(step, state)
     checkpoints.save(step, state)
-    progress.close()
-    log.close()
-    checkpoints.close()
-    if stopped_by:
+    for each in (progress, log, checkpoints):
+        each.close()
+    if stopped_by and (step < args.total_steps or step not in log.scored):
         print(f"stopped after {step} updates; go on with --resume {run_dir}")
         return 128 + stopped_by[0]
     return 0

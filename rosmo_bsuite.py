@@ -16,7 +16,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +27,6 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from data.dataset import Dataset, InputError, check_fit, keep_fraction, open_dataset
 from data.record_bsuite import make_environment, normalized_score, record_if_missing
@@ -100,12 +99,12 @@ class Steps(NamedTuple):
 
 def sharding(*axes: str) -> NamedSharding:
     """sharding("batch") splits the leading axis over all devices, sharding() gives each device the whole."""
-    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), P(*axes))
+    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), jax.P(*axes))
 
 
-def per_device(*in_specs: P) -> Callable:
+def per_device(*in_specs: jax.P) -> Callable:
     """Decorates a function that every device calls with its shares of the arguments, and that returns the same on each."""
-    return functools.partial(jax.shard_map, mesh=sharding().mesh, in_specs=in_specs, out_specs=P(), check_vma=False)
+    return functools.partial(jax.shard_map, mesh=sharding().mesh, in_specs=in_specs, out_specs=jax.P(), check_vma=False)
 
 
 def load_dataset(args: Args) -> Dataset:
@@ -344,7 +343,7 @@ class TrainState(NamedTuple):
     params: Any
     target_params: Any
     optimizer_state: Any
-    key: jax.Array  # stays as it is: update t draws from fold_in(key, t)
+    key: jax.Array  # stays as it is: update t draws from fold_in(part, t) of its three parts: windows, actions, labels
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -370,7 +369,7 @@ def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
 def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
     """One update on one batch of windows [B, T] with their labels [B, T]."""
 
-    @per_device(P(), P("batch"), P("batch"))
+    @per_device(jax.P(), jax.P("batch"), jax.P("batch"))
     def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict]:
         """Each device takes its share of the batch; gradient and metrics are averaged in a single exchange."""
         flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
@@ -395,7 +394,7 @@ def label_dataset(state: TrainState, observation: jax.Array, model: Model) -> La
     num_rows = -(-length // (num_devices * size))
     chunks = jnp.nonzero(is_read, size=num_rows * num_devices * size, fill_value=length)[0]
 
-    @per_device(P(), P(), P(), P(), P(None, "batch"))
+    @per_device(jax.P(), jax.P(), jax.P(), jax.P(), jax.P(None, "batch"))
     def label_rows(params: Any, key: jax.Array, observation: jax.Array, count: jax.Array, chunks: jax.Array) -> Labels:
         """Each device labels one chunk of every row; chunks: its own [num_rows, 1, size]."""
 
@@ -443,8 +442,8 @@ def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> ja
     return jax.random.categorical(key, jnp.log(improve_policy(params, key, state, prediction, model)))
 
 
-def evaluate(state: TrainState, model: Model) -> dict[str, float]:
-    """Plays eval_episodes episodes in the real environment and returns the "eval/..." metrics.
+def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = ()) -> dict[str, Any]:
+    """Plays eval_episodes episodes in the real environment and returns the "eval/..." metrics; {} if stopped_by a signal.
 
     How many episodes each environment plays is fixed beforehand, so that short episodes do not count more often.
     """
@@ -457,6 +456,8 @@ def evaluate(state: TrainState, model: Model) -> dict[str, float]:
     timesteps = [environment.reset() for environment in environments]
     returns, lengths, running_return, running_length = [], [], np.zeros(num_envs), np.zeros(num_envs, int)
     while episodes_left.any():
+        if stopped_by:
+            return {}
         key, act_key = jax.random.split(key)
         action = np.asarray(act(params, act_key, np.stack([timestep.observation for timestep in timesteps]), model))
         for i in np.flatnonzero(episodes_left):
@@ -486,60 +487,63 @@ def main(args: Args) -> int:
     model = Model(environment.action_spec().num_values, args)
     state = init_state(environment.observation_spec().shape, model)
     if args.eval_only and args.resume:
-        state = Checkpoints(args.resume).restore(state)
+        state = Checkpoints(args.resume, read_only=True).restore(state)
         print(json.dumps({"step": int(state.step), **evaluate(state, model)}))
         return 0
     dataset = load_dataset(args)
     data = jax.device_put(Steps(*(getattr(dataset, field) for field in Steps._fields)), sharding())
     stopped_by = catch_signals()
-    run_dir = open_run(args, Path(__file__), dataset.meta)
+    run_dir = open_run(args, Path(__file__), dataset)
     checkpoints = Checkpoints(run_dir)
     state = checkpoints.restore(state) if args.resume else state
     step = first_step = int(state.step)
-    if step >= args.total_steps:
+    log = Log(run_dir, step, args)
+    if step > args.total_steps or (step == args.total_steps and step in log.scored):
         raise InputError(f"{run_dir} has made {step} updates already: name more with --total-steps")
     checkpoints.save(step, state)
-    log = Log(run_dir, step, args)
     print(f"{run_dir}: {len(data.action)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
     start = time.perf_counter()
     labels = label_dataset(state, data.observation, model)
     compiled_updates = update_many.lower(state, np.int32(0), data, labels, model).compile()
-    seconds = {"compile": time.perf_counter() - start, "update": 0.0, "evaluation": 0.0}
-    progress = Progress(step, args.total_steps, "--total-steps 20000 suits a CPU", args.target_update_interval)
+    seconds = log.seconds
+    seconds["compile"] += time.perf_counter() - start
+    hint = "--total-steps 20000 suits a CPU"
+    progress = Progress(step, args.total_steps, seconds["update"], hint, args.target_update_interval)
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
-    sums, logged_step, logged_seconds = dict[str, float](), step, 0.0
-    while step < args.total_steps and not stopped_by:
+    sums, logged_step, logged_seconds = dict[str, float](), step, seconds["update"]
+    while True:
+        if (step % args.eval_interval == 0 or step == args.total_steps) and step not in log.scored:
+            start = time.perf_counter()
+            checkpoints.save(step, state)
+            scores = evaluate(state, model, stopped_by)
+            seconds["evaluation"] += time.perf_counter() - start
+            log.write(step, scores)
+            progress.print_scores(step, scores)
+        if step == args.total_steps or stopped_by:
+            break
         start = time.perf_counter()
         if step % args.target_update_interval == 0 and step != first_step:
             labels = label_dataset(state, data.observation, model)
         count = min(args.updates_per_call, args.total_steps - step, *(every - step % every for every in intervals))
         state, metrics = compiled_updates(state, np.int32(count), data, labels)
-        sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}  # waits for the devices
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(metrics).items()}  # waits
         seconds["update"] += time.perf_counter() - start
         if not np.isfinite([sums["total_loss"], sums["grad_norm"], sums["param_norm"]]).all():
             checkpoints.close()
             sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
         step += count
         means = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
-        done = step == args.total_steps
-        if is_log := step % args.log_interval == 0 or done:
+        if is_log := step % args.log_interval == 0 or step == args.total_steps:
             means["train/updates_per_second"] = (step - logged_step) / (seconds["update"] - logged_seconds)
             log.write(step, means | {f"time/{name}": value for name, value in seconds.items()})
             sums, logged_step, logged_seconds = {}, step, seconds["update"]
         progress.update(step, means["train/total_loss"], seconds["update"], is_log)
-        if step % args.eval_interval == 0 or done:
-            start = time.perf_counter()
-            scores = evaluate(state, model)
-            seconds["evaluation"] += time.perf_counter() - start
-            log.write(step, scores)
-            progress.print_scores(step, scores)
         if step % args.checkpoint_interval == 0:
             checkpoints.save(step, state)
     checkpoints.save(step, state)
-    progress.close()
-    log.close()
-    checkpoints.close()
-    if stopped_by:
+    for each in (progress, log, checkpoints):
+        each.close()
+    if stopped_by and (step < args.total_steps or step not in log.scored):
         print(f"stopped after {step} updates; go on with --resume {run_dir}")
         return 128 + stopped_by[0]
     return 0

@@ -25,8 +25,8 @@ import studies
 import tyro
 from studies import Run
 
-from data.atari import normalized_score, prior_scores
-from data.dataset import InputError
+from data.atari import default_folder, normalized_score, prior_scores
+from data.dataset import InputError, open_dataset
 from data.record_atari import record_if_missing
 from data.runs import run_program
 
@@ -55,14 +55,14 @@ SAMPLED: dict[str, object] = {"sampling": True, "num-simulations": 4}
 
 
 def settings_of(study: str) -> list[Setting]:
-    """The settings of a study. Behaviour cloning is ROSMO without the policy loss; it acts as its policy says (--sampling
-    acts from the prior, and its target counts for nothing)."""
+    """The settings of a study. Filtered behaviour cloning is ROSMO without the policy loss: the advantage filter and the
+    value stay. It acts as its policy says (--sampling acts from the prior, and its target counts for nothing)."""
     rosmo, mzu = "rosmo_atari", "muzero_unplugged_atari"
     if study == "comparison":
         return [
             Setting("ROSMO", None, rosmo, {}),
             Setting("MuZero Unplugged", None, mzu, {}),
-            Setting("behaviour cloning", None, rosmo, {"policy-coef": 0.0, "sampling": True}),
+            Setting("filtered behaviour cloning", None, rosmo, {"policy-coef": 0.0, "sampling": True}),
         ]
     if study == "budget":
         return [
@@ -93,8 +93,15 @@ def estimate(rows: list[dict], games: tuple[str, ...], value: Callable[[list[dic
     return studies.interval_estimates({"": np.array([[value(runs[game, seed]) for game in games] for seed in seeds])})[""]
 
 
+def is_recorded(game: str) -> bool:
+    """Whether the game's dataset was made here, and is not RL Unplugged's."""
+    return "record_atari" in open_dataset(default_folder(game)).meta["source"]
+
+
 def draw_comparison(args: Args, rows: list[dict], path: Path) -> None:
     """Scores of all games against updates and against the time of updates, and of every game against updates."""
+    # Prior scores are of RL Unplugged's data, and no measure of what can be learned from a recorded dataset.
+    methods = () if any(map(is_recorded, args.games)) else tuple(prior_scores(args.games[0]))
     panels: list[tuple[str, tuple[str, ...], str]] = [("all games", args.games, "step"), ("all games", args.games, "hours")]
     panels += [(game, (game,), "step") for game in args.games]
     columns = min(len(panels), 4)
@@ -114,11 +121,10 @@ def draw_comparison(args: Args, rows: list[dict], path: Path) -> None:
             xs = steps if unit == "step" else hours
             axis.plot(xs, middle, color=f"C{i}", marker="o", markersize=3, label=method)
             axis.fill_between(xs, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-        for style, method in zip(("-", "--", "-.", ":", (0, (1, 4))), prior_scores("Breakout"), strict=True):
-            priors = [normalized_score(game, prior_scores(game)[method]) for game in games if prior_scores(game)]
-            if len(priors) == len(games):
-                level = studies.interval_estimates({"": np.array([priors], float)})[""][0]
-                axis.axhline(level, color="gray", linestyle=style, linewidth=1, label=f"{method}, RL Unplugged's data")
+        for style, method in zip(("-", "--", "-.", ":", (0, (1, 4))), methods, strict=False):
+            priors = [normalized_score(game, prior_scores(game)[method]) for game in games]
+            level = studies.interval_estimates({"": np.array([priors], float)})[""][0]
+            axis.axhline(level, color="gray", linestyle=style, linewidth=1, label=f"{method}, RL Unplugged's data")
         axis.set_title(title)
         axis.set_xlabel("updates" if unit == "step" else "hours of updates (median of the runs)")
         axis.grid(alpha=0.3)

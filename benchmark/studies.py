@@ -4,7 +4,6 @@ A program that uses it names its runs; those that are whole are only read, other
 """
 
 import csv
-import json
 import os
 import queue
 import subprocess
@@ -20,6 +19,7 @@ from rliable import library, metrics
 from tqdm import tqdm
 
 from data.dataset import InputError
+from data.runs import has_checkpoint, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 Item = TypeVar("Item")
@@ -52,11 +52,12 @@ class Run(NamedTuple):
 
 
 def evaluations_of(run_dir: Path) -> list[dict]:
-    """The evaluations in a run's metrics.jsonl, each with the seconds that updates had taken by then."""
-    path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    seconds = {line["step"]: line["time/update"] for line in lines if "time/update" in line}
-    return [line | {"update_seconds": seconds[line["step"]]} for line in lines if "eval/return_mean" in line]
+    """The evaluations in a run's metrics.jsonl, each with the seconds that updates had taken by then (interpolated)."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    timed = [(line["step"], line["time/update"]) for line in lines if "time/update" in line]
+    steps, seconds = np.array([(0, 0.0), *timed]).T
+    scored = [line for line in lines if "eval/return_mean" in line]
+    return [line | {"update_seconds": float(np.interp(line["step"], steps, seconds))} for line in scored]
 
 
 def make(run: Run, runs: Path) -> list[dict]:
@@ -65,7 +66,7 @@ def make(run: Run, runs: Path) -> list[dict]:
     if not any(line["step"] == run.updates for line in evaluations_of(run_dir)):
         flags = run.all_flags() | {"run-dir": run_dir, "checkpoint-interval": run.updates // run.evaluations}
         arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value)) if part != "True"]
-        if (run_dir / "metrics.jsonl").exists():
+        if has_checkpoint(run_dir):
             arguments = ["--resume", str(run_dir)]
         # What runs have in common, those that differ only in the seed for instance, is compiled once.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(runs.absolute() / "compiled")}
@@ -89,7 +90,14 @@ def keep_to_cores(free: queue.SimpleQueue[set[int]]) -> None:
 
 
 def make_all(runs: Sequence[Run], folder: Path, workers: int, title: str) -> list[list[dict]]:
-    """The evaluations of all runs, in their order. workers: runs side by side, each on cores of its own."""
+    """The evaluations of all runs, in their order. workers: runs side by side, each on cores of its own.
+
+    Raises InputError if a run fails, after those beside it.
+    """
+    if workers < 1 or any(run.evaluations < 1 or run.updates < run.evaluations for run in runs):
+        raise InputError(
+            "--workers, --evaluations and --updates are at least 1, and no run has more evaluations than updates"
+        )
     cores, free = available_cores(), queue.SimpleQueue[set[int]]()
     for worker in range(workers):
         free.put(set(cores[worker::workers] or [cores[worker % len(cores)]]))
@@ -106,7 +114,9 @@ def make_all(runs: Sequence[Run], folder: Path, workers: int, title: str) -> lis
 
 
 def part_of(items: list[Item], args: Args) -> list[Item]:
-    """The part of the runs that --part and --parts name. Raises InputError if there is no such part."""
+    """The part of the runs that --part and --parts name. Raises InputError if there is no such part, or no run at all."""
+    if not items:
+        raise InputError("there is nothing to run: name at least one seed, and a game or task")
     if args.part is None:
         return items
     if not 0 <= args.part < args.parts:

@@ -6,6 +6,7 @@ Games have EnvPool's plain names: Breakout, MsPacman, UpNDown.
 import difflib
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,9 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 15, (336, 336), isColor=False)
+    if not writer.isOpened():
+        print(f"warning: OpenCV cannot write {path}; there will be no video", file=sys.stderr)
+        return
     for frame in frames:
         writer.write(np.kron(frame, np.ones((4, 4), np.uint8)))
     writer.release()

@@ -584,7 +584,7 @@ def convert(args: Args) -> Path:
             if not len(episode.action):
                 continue
             if episode.action.min() < 0 or episode.action.max() >= actions:
-                action = max(-episode.action.min(), episode.action.max())
+                action = episode.action.min() if episode.action.min() < 0 else episode.action.max()
                 raise InputError(f"{episode.where}: {args.env_id} has actions 0 to {actions - 1}, but here is {action}")
             try:
                 writer.add_episode(episode.observation, episode.action, episode.reward, episode.terminal)

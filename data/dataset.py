@@ -61,6 +61,7 @@ class Dataset(NamedTuple):
     is_last: NDArray  # [N] bool
     is_terminal: NDArray  # [N] bool
     meta: dict[str, Any]
+    path: Path  # its folder
 
 
 def on_disk(folder: Path) -> Path:
@@ -160,10 +161,17 @@ class DatasetWriter:
 
 @contextmanager
 def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
-    """Holds the advisory lock of a folder; the system drops it when the program ends, however it ends."""
+    """Holds the advisory lock of a folder; the system drops it when the program ends, however it ends.
+
+    A file system may have no such locks (NFS): then only flags LOCK_NB, which must know, raises its OSError.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+        except OSError:
+            if flags & fcntl.LOCK_NB:
+                raise
         yield
     finally:
         os.close(descriptor)
@@ -184,8 +192,8 @@ def write_dataset(path: Path, **meta: Any) -> Iterator[DatasetWriter]:
     prefix = f".{path.name}.partial-"
     with _locked(path.parent):
         for leftover in path.parent.glob(f"{prefix}*"):
-            # It blocks: a living program writes there. It is not found: that program has just finished.
-            with suppress(BlockingIOError, FileNotFoundError), _locked(leftover, fcntl.LOCK_NB):
+            # It blocks: a living program writes there. It is not found: that program has just finished. No locks: who knows.
+            with suppress(OSError), _locked(leftover, fcntl.LOCK_NB):
                 shutil.rmtree(leftover)
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
         lock = ExitStack()
@@ -243,6 +251,7 @@ def open_dataset(path: Path) -> Dataset:
         raise InputError(f"{path} has format version {expected['format_version']}, not {FORMAT_VERSION}")
 
     arrays: dict[str, NDArray] = {}
+    is_atari = meta.get("benchmark") == "atari"
     for field in FIELDS:
         file = path / f"{field}.npy"
         try:
@@ -251,14 +260,14 @@ def open_dataset(path: Path) -> Dataset:
             raise InputError(f"{path} is not a dataset: it has no {file.name}") from None
         except (ValueError, EOFError, OSError) as error:
             raise InputError(f"{file} is damaged or cut short: {error}") from None
-        dtypes = (np.float32, np.uint8) if field == "observation" else (DTYPES[field],)
+        dtypes = (DTYPES[field],) if field != "observation" else (np.uint8,) if is_atari else (np.float32, np.uint8)
         if arrays[field].dtype not in dtypes:
             raise InputError(f"{file} holds {arrays[field].dtype}, not {' or '.join(d.__name__ for d in dtypes)}")
         shape = arrays[field].shape
         if shape[:1] != (expected["steps"],) or (field != "observation" and len(shape) != 1) or not shape[0]:
             raise InputError(f"{file} has shape {shape}, but meta.json says {expected['steps']} steps")
 
-    data = Dataset(**arrays, meta=meta)
+    data = Dataset(**arrays, meta=meta, path=path)
     floats = [data.reward] + ([data.observation] if data.observation.dtype == np.float32 else [])
     faults = {
         "is_first.npy and is_last.npy do not mark whole episodes": not (
@@ -310,4 +319,5 @@ def keep_fraction(data: Dataset, fraction: float, seed: int) -> Dataset:
     rows = np.flatnonzero(np.isin(np.cumsum(data.is_first) - 1, kept))
     kept_data = {field: getattr(data, field)[rows] for field in DTYPES}
     frames = data.observation.dtype == np.uint8  # too many to copy
-    return Dataset(Rows(data.observation, rows) if frames else data.observation[rows], **kept_data, meta=data.meta)
+    observation = Rows(data.observation, rows) if frames else data.observation[rows]
+    return data._replace(observation=observation, **kept_data)

@@ -257,7 +257,7 @@ class DQNPolicy:
 
     def __init__(self, num_actions: int, num_envs: int, steps: int, seed: int):
         self._min_replay = min(20_000, steps // 20)
-        self._epsilon_steps = min(250_000, steps // 4)  # over which epsilon falls from 1 to 0.01
+        self._epsilon_steps = max(1, min(250_000, steps // 4))  # over which epsilon falls from 1 to 0.01
         self._target_period = max(1, min(8_000, steps // 50) // self.update_period)  # updates
         self._network = QNetwork(num_actions)
         self._optimizer = optax.adam(6.25e-5, eps=1.5e-4)
@@ -329,7 +329,7 @@ class CheckpointPolicy:
         script = importlib.import_module(name)
         args = parse_args(script.Args, Path(script.__file__ or ""), None, ["--resume", str(run_dir)])
         self._model = script.Model(num_actions(env_id), args)
-        state = Checkpoints(run_dir).restore(script.init_state((84, 84, 4), self._model))
+        state = Checkpoints(run_dir, read_only=True).restore(script.init_state((84, 84, 4), self._model))
         self._params, self._key = jax.device_put((state.params, jax.random.PRNGKey(seed)), jax.devices()[0])
         self._act, self._updates = script.act, int(state.step)
         self.source = f"the agent of {name}.py after {self._updates} updates"

@@ -8,6 +8,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -23,14 +24,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 import tyro
 from tqdm import tqdm
 
-from data.dataset import InputError
+from data.dataset import Dataset, InputError
 
 ArgsT = TypeVar("ArgsT")
 State = TypeVar("State")
@@ -73,6 +74,8 @@ def parse_args(args_type: type[ArgsT], script: Path, description: str | None, ar
     saved |= {"data_dir": saved["data_dir"] and Path(saved["data_dir"]), "resume": args.resume, "run_dir": args.resume}
     saved |= {"eval_only": False}
     args = tyro.cli(args_type, args=argv, description=description, default=args_type(**saved))
+    if args.run_dir != args.resume:
+        raise InputError("--resume goes on in the folder that it names: there is no --run-dir beside it")
     for name in sorted(saved.keys() - CHANGEABLE):
         if getattr(args, name) != saved[name]:
             raise InputError(f"the checkpoint was made with {flag(name)} {saved[name]}, not {getattr(args, name)}")
@@ -89,6 +92,10 @@ def check_args(args: Any) -> None:
         zero = zero or name.endswith(("_coef", "_scale", "weight_decay"))
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             raise InputError(f"{flag(name)} must be {'at least' if zero else 'above'} 0, not {value}")
+        if name == "seed" and value >= 2**32:
+            raise InputError(f"a seed is from 0 to {2**32 - 1}, not {value}")
+        if name == "channels" and value < 2:
+            raise InputError(f"--channels must be at least 2, not {value}")
         if name in ("data_fraction", "noise", "discount", "learning_rate_decay", "dirichlet_fraction") and value > 1:
             raise InputError(f"{flag(name)} must be at most 1, not {value}")
     if args.num_bins < 3:
@@ -97,18 +104,41 @@ def check_args(args: Any) -> None:
         raise InputError("--eval-only needs --resume RUN_DIR")
 
 
-def open_run(args: Any, script: Path, dataset_meta: dict[str, Any]) -> Path:
-    """Makes the run's folder with its args.json, or returns that of a resumed run.
+def has_checkpoint(run_dir: Path) -> bool:
+    return any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("*"))
 
-    Raises InputError if the folder exists, or if a resumed run was trained on another dataset.
+
+_locks: dict[Path, IO[str]] = {}  # of the run folders that this program writes to, until it ends
+
+
+def lock_run(run_dir: Path) -> None:
+    """Raises InputError if another program writes to the folder. (On a file system without locks nobody is kept out.)"""
+    if run_dir.resolve() not in _locks:
+        file = (run_dir / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another program is training in {run_dir}") from None
+        except OSError:
+            pass
+        _locks[run_dir.resolve()] = file
+
+
+def open_run(args: Any, script: Path, dataset: Dataset) -> Path:
+    """Makes the run's folder with its args.json, or returns that of a resumed run; nobody else can write to it then.
+
+    Raises InputError if the folder exists and holds a checkpoint or something else than a run, if it cannot be made, if
+    another program writes to it, or if a resumed run was trained on another dataset.
     """
     if args.resume is not None:
-        if json.loads((args.resume / "args.json").read_text())["dataset"] != dataset_meta:
+        if json.loads((args.resume / "args.json").read_text())["dataset"] != dataset.meta:
             raise InputError(f"the dataset is not the one that {args.resume} was trained on")
+        lock_run(args.resume)
         return args.resume
     name = f"{args.env_id}__{script.stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.run_dir or Path("runs") / name
-    if run_dir.exists():
+    # A run that came to an end before its first checkpoint is begun anew.
+    if run_dir.exists() and (has_checkpoint(run_dir) or not (run_dir / "args.json").exists()):
         raise InputError(f"{run_dir} exists already: name another --run-dir, or go on with it by --resume {run_dir}")
     commit = None
     with suppress(OSError):  # there may be no git
@@ -121,13 +151,17 @@ def open_run(args: Any, script: Path, dataset_meta: dict[str, Any]) -> Path:
     settings = {
         "id": uuid.uuid4().hex[:8],
         "script": script.stem,
-        "args": dataclasses.asdict(args) | {"data_dir": args.data_dir and args.data_dir.absolute()},
-        "dataset": dataset_meta,
+        "args": dataclasses.asdict(args) | {"data_dir": dataset.path.absolute()},
+        "dataset": dataset.meta,
         "versions": {"python": sys.version.split()[0]} | versions,
         "git_commit": commit,
         "devices": [device.device_kind for device in jax.devices()],
     }
-    run_dir.mkdir(parents=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"the folder {run_dir} cannot be made: a file is in its way") from None
+    lock_run(run_dir)
     (run_dir / "args.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
     return run_dir
 
@@ -135,8 +169,10 @@ def open_run(args: Any, script: Path, dataset_meta: dict[str, Any]) -> Path:
 class Checkpoints:
     """The checkpoints of a run. save() returns when the checkpoint is whole; an error, a full disk say, is save()'s."""
 
-    def __init__(self, run_dir: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True)
+    def __init__(self, run_dir: Path, read_only: bool = False):
+        """read_only: leave the folder as it is; its run may be going on."""
+        keep = {} if read_only else {"max_to_keep": 2, "cleanup_tmp_directories": True}
+        options = ocp.CheckpointManagerOptions(**keep, read_only=read_only, enable_async_checkpointing=False)
         self._directory = run_dir / "checkpoints"
         self._manager = ocp.CheckpointManager(self._directory.absolute(), options=options)
 
@@ -163,15 +199,28 @@ class Checkpoints:
         self._manager.close()
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without a last one that a killed program left unfinished; none if there is no file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 class Log:
     """Appends to metrics.jsonl and, with --track, to Weights & Biases."""
 
     def __init__(self, run_dir: Path, step: int, args: Any):
-        """Drops the lines after `step`: a killed run wrote them after its last checkpoint, and they come again."""
+        """Drops the lines after `step`: a killed run wrote them after its last checkpoint, and they come again.
+
+        scored: the steps whose evaluations are there, and step 0. seconds: of compilation, updates and evaluations so far.
+        """
         path, new = run_dir / "metrics.jsonl", run_dir / "metrics.jsonl.new"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        new.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        lines = [line for line in read_metrics(path) if line["step"] <= step]
+        new.write_text("".join(json.dumps(line) + "\n" for line in lines))
         new.rename(path)
+        self.scored = {0} | {line["step"] for line in lines if "eval/return_mean" in line}
+        self.seconds = {"compile": 0.0, "update": 0.0, "evaluation": 0.0}
+        for line in lines:
+            self.seconds |= {name: line[f"time/{name}"] for name in self.seconds if f"time/{name}" in line}
         self._file = path.open("a")
         self._tracker = None
         if args.track:
@@ -185,6 +234,10 @@ class Log:
                 raise InputError(f"Weights & Biases cannot be reached ({error}); WANDB_MODE=offline does without") from None
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        if not metrics:  # of an evaluation that was stopped
+            return
+        if "eval/return_mean" in metrics:
+            self.scored.add(step)
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         if self._tracker is not None:
@@ -199,9 +252,10 @@ class Log:
 class Progress:
     """A progress bar where stderr is a terminal, plain lines on stdout elsewhere."""
 
-    def __init__(self, step: int, total_steps: int, cpu_hint: str, hint_after: int):
-        """Without an accelerator, says after hint_after updates what an update costs, and cpu_hint."""
-        self._step, self._first_step, self._total_steps = step, step, total_steps
+    def __init__(self, step: int, total_steps: int, seconds: float, cpu_hint: str, hint_after: int):
+        """seconds: that updates took before. Without an accelerator, says after hint_after updates what one costs, and
+        cpu_hint."""
+        self._step, self._first_step, self._total_steps, self._seconds = step, step, total_steps, seconds
         self._hint_step = step + hint_after if jax.default_backend() == "cpu" else None
         self._hint = cpu_hint
         self._shown: dict[str, str] = {}
@@ -213,10 +267,11 @@ class Progress:
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update(step - self._step)
         self._step = step
-        cost = seconds / (step - self._first_step)
+        cost = (seconds - self._seconds) / (step - self._first_step)
         left = f"{(self._total_steps - step) * cost / 60:.1f} min left"
         if self._hint_step is not None and step >= self._hint_step:
-            self.print(f"no accelerator: an update takes {1000 * cost:.1f} ms here, {left}; {self._hint}")
+            hint = f"; {self._hint}" if self._hint else ""
+            self.print(f"no accelerator: an update takes {1000 * cost:.1f} ms here, {left}{hint}")
             self._hint_step = None
         if log and self._bar.disable:
             self.print(f"{step}/{self._total_steps} updates, loss {loss:.3f}, {1 / cost:.1f} updates/s, {left}")
@@ -226,6 +281,8 @@ class Progress:
         sys.stdout.flush()
 
     def print_scores(self, step: int, scores: Mapping[str, float | None]) -> None:
+        if not scores:  # of an evaluation that was stopped
+            return
         self._shown["score"] = f"{scores['eval/return_mean']:.2f}"
         normalized = scores["eval/normalized_score"]
         self.print(
@@ -310,6 +367,8 @@ def run_program(program: Callable[[], int]) -> None:
             sentence = "the disk is full; what was whole before is still there"
         elif isinstance(error, PermissionError) and error.filename is not None:
             sentence = f"{error.filename}: {error.strerror}"
+        elif "RESOURCE_EXHAUSTED" in str(error):
+            sentence = "the device has too little memory: name a smaller --batch-size, or on Atari --data-place host"
         else:
             raise
     print(f"error: {sentence}", file=sys.stderr)

@@ -32,6 +32,7 @@ def test_settings_table_and_figure(monkeypatch, tmp_path, capsys, study):
 
     monkeypatch.setattr(studies, "make", make)
     monkeypatch.setattr(atari_studies, "record_if_missing", lambda game: None)
+    monkeypatch.setattr(atari_studies, "is_recorded", lambda game: False)
     args = atari_studies.Args(study=study, size="cpu", games=GAMES, results=tmp_path)
     assert atari_studies.main(args) == 0
     settings = {"comparison": 3, "budget": 4, "unroll": 8}[study]
@@ -40,7 +41,7 @@ def test_settings_table_and_figure(monkeypatch, tmp_path, capsys, study):
         assert len(list(csv.DictReader(file))) == 4 * len(made)
     assert (tmp_path / f"atari_{study}_cpu.png").stat().st_size > 10_000
     out = capsys.readouterr().out
-    assert sum(line.startswith(("| ROSMO", "| M", "| G", "| beh")) for line in out.splitlines()) == settings
+    assert sum(line.startswith(("| ROSMO", "| M", "| G", "| filtered")) for line in out.splitlines()) == settings
     assert "| 1.100 [" in out and "| 2.00 |" in out
 
 

@@ -86,7 +86,8 @@ def test_a_run_is_made_once_and_a_stopped_one_resumed(monkeypatch, tmp_path):
         run_dir.mkdir(exist_ok=True)
         with (run_dir / "metrics.jsonl").open("a") as file:
             step = 10 * len(called)
-            file.write(f'{{"step": {step}, "time/update": 1.5}}\n{{"step": {step}, "eval/return_mean": 2.0}}\n')
+            file.write(f'{{"step": {step}, "eval/return_mean": 2.0}}\n{{"step": {step + 2}, "time/update": {step}.5}}\n')
+            (run_dir / "checkpoints" / "10").mkdir(parents=True, exist_ok=True)
         return subprocess.CompletedProcess(command, 1 if len(called) == 1 else 0, "", "out of luck")
 
     run = studies.Run("rosmo_atari", {"env-id": "Pong", "cpu-size": True}, updates=20, evaluations=2)
@@ -96,5 +97,5 @@ def test_a_run_is_made_once_and_a_stopped_one_resumed(monkeypatch, tmp_path):
     assert called[0][:3] == ["--env-id", "Pong", "--cpu-size"] and called[0][3] == "--total-steps"
     for _ in range(2):
         evaluations = studies.make_all([run], tmp_path, workers=1, title="one")[0]
-        assert [line["step"] for line in evaluations] == [10, 20] and evaluations[0]["update_seconds"] == 1.5
+        assert [line["step"] for line in evaluations] == [10, 20] and evaluations[0]["update_seconds"] == 8.75
     assert called[1:] == [["--resume", str(run.folder(tmp_path))]]

@@ -93,11 +93,11 @@ def test_evaluation_counts_every_environment_alike(monkeypatch, tmp_path):
     monkeypatch.setattr(rosmo, "make_environments", Environments)
     filmed = []
     monkeypatch.setattr(rosmo, "write_video", lambda path, frames: filmed.append((path, len(frames))))
-    model = rosmo.Model(4, dataclasses.replace(ARGS, eval_episodes=5, eval_envs=2))
-    scores = rosmo.evaluate(rosmo.init_state((84, 84, 4), model), model, tmp_path / "film.mp4")
+    model = rosmo.Model(4, dataclasses.replace(ARGS, eval_episodes=5, eval_envs=2, capture_video=True))
+    scores = rosmo.evaluate(rosmo.init_state((84, 84, 4), model), model, run_dir=tmp_path)
     assert scores["eval/episodes"] == 5 and scores["eval/return_min"] == 2 and scores["eval/return_max"] == 20
     assert scores["eval/return_mean"] == (3 * 2 + 2 * 20) / 5 and scores["eval/length_mean"] == (3 * 2 + 2 * 40) / 5
-    assert filmed == [(tmp_path / "film.mp4", 3)]
+    assert filmed == [(tmp_path / "videos" / "0.mp4", 3)]
 
 
 # --------------------------------------------------------------------------------------------------------------- Runs
@@ -182,7 +182,8 @@ def test_cpu_size_gives_way_to_other_flags():
         (["--data-dir", "nowhere"], "there is no dataset folder nowhere"),
         (["--bootstrap-steps", "100000"], "are longer than every episode of the data"),
         (["--batch-size", "4000"], "is more than the"),
-        (["--channels", "0"], "--channels must be above 0"),
+        (["--channels", "1"], "--channels must be at least 2"),
+        (["--seed", "4294967296"], "a seed is from 0 to 4294967295"),
     ],
 )
 def test_what_a_user_gets_wrong(flags, tmp_path, arguments, sentence):

@@ -169,7 +169,8 @@ def flags(catch_dataset):
 def whole_run(flags, tmp_path_factory):
     """A run of 430 updates that is never stopped."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    assert run([*flags, "--total-steps", "430", "--eval-interval", "200", "--run-dir", str(run_dir)]) == 0
+    settings = ["--total-steps", "430", "--eval-interval", "200", "--checkpoint-interval", "400"]
+    assert run([*flags, *settings, "--run-dir", str(run_dir)]) == 0
     return run_dir
 
 
@@ -248,6 +249,57 @@ def test_kill_at_any_moment_leaves_a_whole_checkpoint(flags, tmp_path):
     assert recorded == list(range(10, steps[-1] + 11, 10))  # nothing twice, nothing left out
 
 
+def test_signal_in_an_evaluation(whole_run, tmp_path, monkeypatch, capsys):
+    """The updates before it are kept, the evaluation is left undone, and --resume makes it, also the last one."""
+    run_dir = programs.rewound(whole_run, tmp_path / "stopped", step=400)
+    (run_dir / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in metrics(run_dir) if line["step"] < 430)
+    )
+    act, calls = rosmo.act, []
+
+    def act_then_signal(*arguments):
+        calls.append(os.kill(os.getpid(), signal.SIGTERM))
+        return act(*arguments)
+
+    monkeypatch.setattr(rosmo, "act", act_then_signal)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    assert run(["--resume", str(run_dir)]) == 128 + signal.SIGTERM
+    assert len(calls) == 1 and "stopped after 430 updates; go on with --resume" in capsys.readouterr().out
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    monkeypatch.setattr(rosmo, "act", act)
+    assert int(parameters(run_dir).step) == 430 and "eval/return_mean" not in metrics(run_dir)[-1]
+    assert run(["--resume", str(run_dir)]) == 0
+    ours, theirs = metrics(run_dir)[-1], metrics(whole_run)[-1]
+    assert ours == theirs and metrics(run_dir)[-2]["time/update"] > metrics(run_dir)[-3]["time/update"]
+    with pytest.raises(InputError, match="has made 430 updates already"):
+        run(["--resume", str(run_dir)])
+
+
+def test_only_one_program_trains_in_a_folder(flags, tmp_path):
+    run_dir = tmp_path / "run"
+    process = program(*flags, "--total-steps", 10**6, "--eval-interval", 10**6, "--run-dir", run_dir)
+    while not (run_dir / "metrics.jsonl").exists():
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    with pytest.raises(InputError, match=f"another program is training in {run_dir}"):
+        run(["--resume", str(run_dir)])
+    process.kill()
+    process.wait()
+    assert run(["--resume", str(run_dir), "--eval-only"]) == 0
+
+
+def test_a_run_without_a_checkpoint_is_begun_anew(flags, tmp_path, monkeypatch):
+    settings = [*flags, "--total-steps", "10", "--run-dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+        with pytest.raises(InputError, match="the disk is full"):
+            run(settings)
+    assert run(settings) == 0
+    with pytest.raises(InputError, match="exists already"):
+        run(settings)
+
+
 def test_eval_only(whole_run, capsys):
     before = metrics(whole_run)
     assert run(["--resume", str(whole_run), "--eval-only", "--eval-episodes", "7"]) == 0
@@ -313,6 +365,8 @@ def test_loss_that_is_not_finite_stops_the_run(flags, tmp_path):
         (["--data-fraction", "nan"], "--data-fraction must be above 0"),
         (["--learning-rate", "inf"], "--learning-rate must be above 0"),
         (["--seed", "4294967296"], "a seed is from 0 to 4294967295"),
+        (["--resume", "x", "--run-dir", "README.md/run"], "x is not the folder of a run"),
+        (["--run-dir", "README.md/run"], "a file is in its way"),
         (["--batch-size", "4000"], "--batch-size 4000 is more than the 1994 windows"),
         (["--batch-size", "0"], "--batch-size must be above 0"),
         (["--batch-size", "15"], "--batch-size 15 cannot be shared by 2 devices"),
