@@ -83,6 +83,7 @@ class Args:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks; parameters and losses stay float32
     updates_per_call: int = 50  # updates in one call of the compiled program; an interrupt waits for its end
     cpu_devices: int = 0  # without an accelerator, devices to split the batch over; 0 for as many as cores, at most 8
+    distributed: bool = False  # this is one of several processes, on one host or more, that train together
 
     def __post_init__(self) -> None:
         if self.search_depth is not None and self.search_depth > self.num_simulations:
@@ -370,7 +371,7 @@ def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
     params = init(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros(1, jnp.int32))
     optimizer_state = make_optimizer(model.args).init(params)
     state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
-    return jax.device_put(state, sharding())
+    return jax.device_put(jax.device_get(state), sharding())
 
 
 def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
@@ -456,7 +457,7 @@ def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = ()) ->
     episodes_left = args.eval_episodes // num_envs + (np.arange(num_envs) < args.eval_episodes % num_envs)
     seeds = np.random.SeedSequence([args.seed, step]).generate_state(num_envs + 1).tolist()
     environments = [make_environment(args.env_id, seed, args.noise) for seed in seeds[1:]]
-    params, key = jax.device_put((state.params, jax.random.PRNGKey(seeds[0])), jax.devices()[0])
+    params, key = jax.tree.map(lambda x: x.addressable_data(0), state.params), jax.random.PRNGKey(seeds[0])
     timesteps = [environment.reset() for environment in environments]
     returns, lengths, running_return, running_length = [], [], np.zeros(num_envs), np.zeros(num_envs, int)
     while episodes_left.any():
@@ -474,11 +475,9 @@ def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = ()) ->
                 running_return[i] = running_length[i] = 0
                 episodes_left[i] -= 1
                 timesteps[i] = environments[i].reset()
-    return {f"eval/return_{name}": float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")} | {
-        "eval/length_mean": float(np.mean(lengths)),
-        "eval/normalized_score": normalized_score(args.env_id, float(np.mean(returns))),
-        "eval/episodes": len(returns),
-    }
+    scores = {f"eval/return_{name}": float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
+    scores |= {"eval/length_mean": float(np.mean(lengths)), "eval/episodes": len(returns)}
+    return scores | {"eval/normalized_score": normalized_score(args.env_id, scores["eval/return_mean"])}
 
 
 # ----------------------------------------------------------------------------------------------------------------- Main
@@ -487,7 +486,7 @@ def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = ()) ->
 def main(args: Args) -> int:
     """Trains, or with --eval-only evaluates, and returns the exit code."""
     environment = make_environment(args.env_id, args.seed, args.noise)
-    use_devices(args.batch_size, args.cpu_devices)
+    use_devices(args.batch_size, args.cpu_devices, args.distributed)
     model = Model(environment.action_spec().num_values, args)
     state = init_state(environment.observation_spec().shape, model)
     if args.eval_only and args.resume:
@@ -495,7 +494,7 @@ def main(args: Args) -> int:
         print(json.dumps({"step": int(state.step), **evaluate(state, model)}))
         return 0
     dataset = load_dataset(args)
-    data = jax.device_put(Steps(*(getattr(dataset, field) for field in Steps._fields)), sharding())
+    data = jax.device_put(Steps(*(np.asarray(getattr(dataset, field)) for field in Steps._fields)), sharding())
     stopped_by = catch_signals()
     run_dir = open_run(args, Path(__file__), dataset)
     checkpoints = Checkpoints(run_dir)
@@ -523,7 +522,7 @@ def main(args: Args) -> int:
             seconds["evaluation"] += time.perf_counter() - start
             log.write(step, scores)
             progress.print_scores(step, scores)
-        if step == args.total_steps or stopped_by:
+        if step == args.total_steps or stopped_by.anywhere():
             break
         start = time.perf_counter()
         if step % args.target_update_interval == 0 and step != first_step:

@@ -85,6 +85,7 @@ class Args:
     wandb_entity: str | None = None  # Weights & Biases user or team
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks; parameters and losses stay float32
     cpu_devices: int = 0  # without an accelerator, devices to split the batch over; 0 for as many as cores, at most 8
+    distributed: bool = False  # this is one of several processes, on one host or more, that train together
     cpu_size: bool = False  # a size for CPUs: other defaults for the batch, the networks, the updates and the evaluations
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -137,7 +138,6 @@ def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
     """Indices [B, 3 + T] of windows, all starts alike, and of the three steps before each, whose frames its stacks need."""
     window = args.unroll_steps + args.bootstrap_steps + 1
     start = jax.random.randint(key, (args.batch_size,), 0, num_steps - window + 1)
-    start = jax.lax.with_sharding_constraint(start, sharding("batch"))
     return jnp.maximum(start[:, None] + jnp.arange(-3, window), 0)
 
 
@@ -152,19 +152,21 @@ def stack_frames(windows: Steps) -> Steps:
 
 def batches(data: Dataset, key: jax.Array, step: int, args: Args) -> Iterator[Steps]:
     """Windows [B, 3 + T] for update `step` and all after it, from device memory, host memory or disk."""
-    memory = jax.devices()[0].memory_stats() or {"bytes_limit": 0, "bytes_in_use": 0}  # a CPU tells none
+    memory = jax.local_devices()[0].memory_stats() or {"bytes_limit": 0, "bytes_in_use": 0}  # a CPU tells none
     fits = memory["bytes_limit"] - memory["bytes_in_use"] > 2 * data.observation.nbytes
-    windows_key = jax.random.split(key, 3)[0]
+    windows_key = jax.device_get(jax.random.split(key, 3)[0])
     index = jax.jit(lambda t: sample_windows(jax.random.fold_in(windows_key, t), len(data.action), args))
+    steps = Steps(*(getattr(data, field) for field in Steps._fields))
+    place: Any = jax.make_array_from_callback  # every process brings what its own devices need
     if args.data_place == "device" or (args.data_place == "auto" and fits):
-        steps = jax.tree.map(np.asarray, Steps(*(getattr(data, field) for field in Steps._fields)))
-        steps = jax.device_put(steps, sharding())
-        gather = jax.jit(lambda steps, t: jax.tree.map(lambda x: x[index(t)], steps))
+        steps = jax.tree.map(np.asarray, steps)
+        steps = jax.tree.map(lambda x: place(x.shape, sharding(), lambda part: x[part]), steps)
+        gather = jax.jit(lambda steps, t: jax.tree.map(lambda x: x[index(t)], steps), out_shardings=sharding("batch"))
         return (gather(steps, np.int32(t)) for t in itertools.count(step))
 
     def read(t: int) -> Steps:
-        rows = np.asarray(index(np.int32(t)))
-        return jax.device_put(Steps(*(getattr(data, field)[rows] for field in Steps._fields)), sharding("batch"))
+        rows, over = np.asarray(index(np.int32(t))), sharding("batch")
+        return jax.tree.map(lambda x: place(rows.shape + x.shape[1:], over, lambda part: x[rows[part[0]]]), steps)
 
     return prefetch(map(read, itertools.count(step)))
 
@@ -437,7 +439,7 @@ def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
     params = init(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros(1, jnp.int32))
     optimizer_state = make_optimizer(model.args).init(params)
     state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
-    return jax.device_put(state, sharding())
+    return jax.device_put(jax.device_get(state), sharding())
 
 
 def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
@@ -496,7 +498,7 @@ def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = (), ru
     episodes_left = args.eval_episodes // num_envs + (np.arange(num_envs) < args.eval_episodes % num_envs)
     env_seed, act_seed = np.random.SeedSequence([args.seed, step]).generate_state(2).tolist()
     environments = make_environments(args.env_id, num_envs, env_seed % 2**31)
-    params, key = jax.device_put((state.params, jax.random.PRNGKey(act_seed)), jax.devices()[0])
+    params, key = jax.tree.map(lambda x: x.addressable_data(0), state.params), jax.random.PRNGKey(act_seed)
     observation, _ = environments.reset()  # [V, 4, 84, 84]
     returns, lengths, running_return, running_length = [], [], np.zeros(num_envs), np.zeros(num_envs, int)
     film, first_left = [observation[0, -1].copy()], episodes_left[0]
@@ -518,11 +520,9 @@ def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = (), ru
         running_return[is_reset], running_length[is_reset] = 0, 0
     if args.capture_video and run_dir:
         write_video(run_dir / "videos" / f"{step}.mp4", film)
-    return {f"eval/return_{name}": float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")} | {
-        "eval/length_mean": float(np.mean(lengths)),
-        "eval/normalized_score": normalized_score(args.env_id, float(np.mean(returns))),
-        "eval/episodes": len(returns),
-    }
+    scores = {f"eval/return_{name}": float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
+    scores |= {"eval/length_mean": float(np.mean(lengths)), "eval/episodes": len(returns)}
+    return scores | {"eval/normalized_score": normalized_score(args.env_id, scores["eval/return_mean"])}
 
 
 # ----------------------------------------------------------------------------------------------------------------- Main
@@ -530,7 +530,7 @@ def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = (), ru
 
 def main(args: Args) -> int:
     """Trains, or with --eval-only evaluates, and returns the exit code."""
-    use_devices(args.batch_size, args.cpu_devices)
+    use_devices(args.batch_size, args.cpu_devices, args.distributed)
     model = Model(num_actions(args.env_id), args)
     state = init_state((84, 84, 4), model)
     if args.eval_only and args.resume:
@@ -564,7 +564,7 @@ def main(args: Args) -> int:
             seconds["evaluation"] += time.perf_counter() - start
             log.write(step, scores)
             progress.print_scores(step, scores)
-        if step == args.total_steps or stopped_by:
+        if step == args.total_steps or stopped_by.anywhere():
             break
         start = time.perf_counter()
         state, metrics = compiled_update(state, batch)

@@ -22,6 +22,7 @@ from data.dataset import InputError
 from data.runs import has_checkpoint, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+BOOTSTRAPS = 2000  # resamplings of an interval estimate
 Item = TypeVar("Item")
 
 
@@ -139,7 +140,7 @@ def interval_estimates(scores: dict[str, np.ndarray]) -> dict[str, tuple[float, 
         return np.array([metrics.aggregate_iqm(x)])
 
     means, intervals = library.get_interval_estimates(
-        scores, interquartile_mean, reps=2000, random_state=np.random.RandomState(0)
+        scores, interquartile_mean, reps=BOOTSTRAPS, random_state=np.random.RandomState(0)
     )
     return {name: (float(means[name][0]), float(low), float(high)) for name, ((low,), (high,)) in intervals.items()}
 

@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tyro
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from data.dataset import Dataset, InputError
@@ -41,7 +43,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mctx", "numpy
 CHANGEABLE = {
     *("total_steps", "resume", "run_dir", "data_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "eval_envs"),
     *("eval_only", "log_interval", "track", "wandb_project", "wandb_entity", "updates_per_call", "cpu_devices"),
-    *("data_place", "capture_video"),
+    *("data_place", "capture_video", "distributed"),
 }
 
 
@@ -100,6 +102,8 @@ def check_args(args: Any) -> None:
             raise InputError(f"{flag(name)} must be at most 1, not {value}")
     if args.num_bins < 3:
         raise InputError(f"--num-bins must be at least 3, not {args.num_bins}")
+    if args.distributed and args.run_dir is None and args.resume is None:
+        raise InputError("--distributed needs --run-dir: all processes train in one folder")
     if args.eval_only and args.resume is None:
         raise InputError("--eval-only needs --resume RUN_DIR")
 
@@ -133,8 +137,12 @@ def open_run(args: Any, script: Path, dataset: Dataset) -> Path:
     if args.resume is not None:
         if json.loads((args.resume / "args.json").read_text())["dataset"] != dataset.meta:
             raise InputError(f"the dataset is not the one that {args.resume} was trained on")
-        lock_run(args.resume)
+        if jax.process_index() == 0:
+            lock_run(args.resume)
         return args.resume
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices("the first process has made the folder")
+        return args.run_dir
     name = f"{args.env_id}__{script.stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.run_dir or Path("runs") / name
     # A run that came to an end before its first checkpoint is begun anew.
@@ -163,6 +171,8 @@ def open_run(args: Any, script: Path, dataset: Dataset) -> Path:
         raise InputError(f"the folder {run_dir} cannot be made: a file is in its way") from None
     lock_run(run_dir)
     (run_dir / "args.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the first process has made the folder")
     return run_dir
 
 
@@ -215,14 +225,16 @@ class Log:
         """
         path, new = run_dir / "metrics.jsonl", run_dir / "metrics.jsonl.new"
         lines = [line for line in read_metrics(path) if line["step"] <= step]
-        new.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        new.rename(path)
+        self._file, self._tracker = None, None
         self.scored = {0} | {line["step"] for line in lines if "eval/return_mean" in line}
         self.seconds = {"compile": 0.0, "update": 0.0, "evaluation": 0.0}
         for line in lines:
             self.seconds |= {name: line[f"time/{name}"] for name in self.seconds if f"time/{name}" in line}
+        if jax.process_index() > 0:  # the first process writes
+            return
+        new.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        new.rename(path)
         self._file = path.open("a")
-        self._tracker = None
         if args.track:
             import wandb
 
@@ -238,13 +250,16 @@ class Log:
             return
         if "eval/return_mean" in metrics:
             self.scored.add(step)
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         if self._tracker is not None:
             self._tracker.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tracker is not None:
             self._tracker.finish()
 
@@ -259,7 +274,9 @@ class Progress:
         self._hint_step = step + hint_after if jax.default_backend() == "cpu" else None
         self._hint = cpu_hint
         self._shown: dict[str, str] = {}
-        self._bar = tqdm(initial=step, total=total_steps, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._silent = jax.process_index() > 0  # the first process talks
+        hidden = self._silent or not sys.stderr.isatty()
+        self._bar = tqdm(initial=step, total=total_steps, unit="update", disable=hidden, dynamic_ncols=True)
 
     def update(self, step: int, loss: float, seconds: float, log: bool) -> None:
         """Shows the step, the loss and the time left; seconds: of all updates. Plain lines come only with `log`."""
@@ -277,6 +294,8 @@ class Progress:
             self.print(f"{step}/{self._total_steps} updates, loss {loss:.3f}, {1 / cost:.1f} updates/s, {left}")
 
     def print(self, line: str) -> None:
+        if self._silent:
+            return
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()
 
@@ -294,17 +313,26 @@ class Progress:
         self._bar.close()
 
 
-def use_devices(batch_size: int, cpu_devices: int) -> None:
+def use_devices(batch_size: int, cpu_devices: int, distributed: bool = False) -> None:
     """Splits a machine without an accelerator into several devices, so that all its cores work on a batch.
 
-    cpu_devices: how many; 0 for as many as cores, at most 8 and a divisor of batch_size. Call it before JAX computes
-    anything. Raises InputError if the batch cannot be shared by the devices.
+    cpu_devices: how many; 0 for as many as cores, at most 8 and a divisor of batch_size. distributed: joins the other
+    processes, which JAX finds on clusters that it knows (Slurm, for one), and elsewhere by the environment's
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call it before JAX computes anything. Raises InputError
+    if the batch cannot be shared by the devices, or the other processes are not found.
     """
     if cpu_devices == 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cpu_devices = max(n for n in range(1, min(cores, 8) + 1) if batch_size % n == 0)
     with suppress(RuntimeError):  # JAX has started already
         jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if distributed:
+        given = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        try:
+            num_processes, process_id = (None if value is None else int(value) for value in given)
+            jax.distributed.initialize(num_processes=num_processes, process_id=process_id)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"--distributed: {str(error).strip().splitlines()[0]}") from None
     if batch_size % jax.device_count() != 0:
         raise InputError(f"--batch-size {batch_size} cannot be shared by {jax.device_count()} devices")
 
@@ -338,9 +366,20 @@ def prefetch(items: Iterator[Item], ahead: int = 4) -> Iterator[Item]:
         wanted.release()
 
 
-def catch_signals() -> list[int]:
+class Signals(list[int]):
+    """Those that this process was sent."""
+
+    def anywhere(self) -> bool:
+        """Whether any process was sent one: then all have it. All processes ask together."""
+        if jax.process_count() > 1:
+            first = int(multihost_utils.process_allgather(np.int32(self[0] if self else 0)).max())
+            self.extend([first] if first and not self else [])
+        return bool(self)
+
+
+def catch_signals() -> Signals:
     """From now on the first SIGINT or SIGTERM only goes into the list that this returns; a second one ends the program."""
-    caught: list[int] = []
+    caught = Signals()
 
     def catch(signum: int, _: Any) -> None:
         caught.append(signum)

@@ -31,6 +31,7 @@ def test_settings_table_and_figure(monkeypatch, tmp_path, capsys, study):
         return [{"step": 1000 * i, "eval/normalized_score": score * (i > 1), **common} for i in range(1, 5)]
 
     monkeypatch.setattr(studies, "make", make)
+    monkeypatch.setattr(studies, "BOOTSTRAPS", 50)
     monkeypatch.setattr(atari_studies, "record_if_missing", lambda game: None)
     monkeypatch.setattr(atari_studies, "is_recorded", lambda game: False)
     args = atari_studies.Args(study=study, size="cpu", games=GAMES, results=tmp_path)

@@ -43,6 +43,7 @@ def test_table_and_figure(monkeypatch, tmp_path, capsys):
         return [{"step": step, "eval/normalized_score": score, **common} for step, score in enumerate(scores)]
 
     monkeypatch.setattr(studies, "make", make)
+    monkeypatch.setattr(studies, "BOOTSTRAPS", 50)
     monkeypatch.setattr(bsuite_studies, "record_if_missing", lambda task, noise: None)
     assert bsuite_studies.main(dataclasses.replace(ARGS, results=tmp_path)) == 0
     assert len(set(trained)) == len(trained) == 7 * 3 * 3 * 3
