@@ -490,7 +490,8 @@ def main(args: Args) -> int:
         print(json.dumps({"step": int(state.step), **evaluate(state, model)}))
         return 0
     dataset = load_dataset(args)
-    data = jax.device_put(Steps(*(np.asarray(getattr(dataset, field)) for field in Steps._fields)), sharding())
+    steps = Steps(*(getattr(dataset, field) for field in Steps._fields))
+    data = jax.device_put(jax.tree.map(np.asarray, steps), sharding())
     stopped_by = catch_signals()
     run_dir = open_run(args, Path(__file__), dataset)
     checkpoints = Checkpoints(run_dir)
