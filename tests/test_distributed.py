@@ -25,7 +25,7 @@ def start(script, *arguments):
     return [programs.program(script, *flags, env=common | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
 
 
-@pytest.mark.parametrize("script", [muzero_unplugged_bsuite, rosmo_atari])
+@pytest.mark.parametrize("script", [muzero_unplugged_bsuite, pytest.param(rosmo_atari, marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(script, request, tmp_path):
     if script is rosmo_atari:
         flags = ["--data-dir", str(request.getfixturevalue("breakout_dataset")), *TINY_FLAGS, "--total-steps", "10"]

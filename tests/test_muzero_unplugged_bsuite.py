@@ -150,8 +150,7 @@ def test_resumed_run_is_the_same_bit_for_bit(whole_run, flags, tmp_path):
     [
         ["--policy-target", "mzu_q", "--tau", "0.5"],
         ["--policy-target", "gumbel"],
-        ["--search-depth", "2"],
-        ["--dirichlet-fraction", "0", "--temperature", "0.5"],
+        ["--search-depth", "2", "--dirichlet-fraction", "0", "--temperature", "0.5"],
         ["--compute-dtype", "bfloat16"],
     ],
 )

@@ -159,7 +159,7 @@ def test_eval_only(whole_run, capsys):
 
 
 @pytest.mark.parametrize(
-    "extra", [["--sampling", "--num-simulations", "2"], ["--compute-dtype", "bfloat16"], ["--data-fraction", "0.5"]]
+    "extra", [["--sampling", "--num-simulations", "2"], ["--compute-dtype", "bfloat16", "--data-fraction", "0.5"]]
 )
 def test_variants_run_and_differ(whole_run, flags, tmp_path, extra):
     settings = ["--total-steps", "10", "--eval-episodes", "1", "--run-dir", str(tmp_path / "run")]
