@@ -95,7 +95,7 @@ def estimate(rows: list[dict], games: tuple[str, ...], value: Callable[[list[dic
 
 def is_recorded(game: str) -> bool:
     """Whether the game's dataset was made here, and is not RL Unplugged's."""
-    return "record_atari" in open_dataset(default_folder(game)).meta["source"]
+    return "record_atari" in open_dataset(default_folder(game)).meta.get("source", "")
 
 
 def draw_comparison(args: Args, rows: list[dict], path: Path) -> None:
