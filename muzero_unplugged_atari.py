@@ -56,8 +56,9 @@ class Args:
     bootstrap_steps: int = 5  # n, the steps of the n-step return
     discount: float = 0.997**4  # gamma
     num_bins: int = 601  # bins of the reward and value distributions
+    encoder: Literal["resnet", "cnn"] = "resnet"  # the paper's, or DQN's of 2013 (cheap; states are 11 x 11)
     channels: int = 64  # channels of a latent state
-    representation_blocks: int = 6  # residual blocks of the representation network at 6 x 6
+    representation_blocks: int = 6  # residual blocks of the representation network at its last size
     dynamics_blocks: int = 2  # residual blocks of the dynamics network
     prediction_blocks: int = 2  # residual blocks of the prediction network
     head_channels: int = 128  # channels of the convolution of each of the three heads
@@ -94,9 +95,10 @@ class Args:
     cpu_size: bool = False  # a size for CPUs: other defaults for the batch, the networks, the updates and the evaluations
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "cpu_size": {"batch_size": 32, "channels": 16, "representation_blocks": 2, "dynamics_blocks": 1}
-        | {"prediction_blocks": 1, "head_channels": 16, "head_width": 64, "num_bins": 81, "total_steps": 20_000}
-        | {"eval_interval": 5_000, "eval_envs": 20, "eval_episodes": 20}
+        "cpu_size": {"batch_size": 32, "total_steps": 20_000, "encoder": "cnn", "channels": 16, "representation_blocks": 0}
+        | {"dynamics_blocks": 1, "prediction_blocks": 0, "head_channels": 32, "head_width": 128, "num_bins": 81}
+        | {"unroll_steps": 3, "bootstrap_steps": 3, "learning_rate": 1e-3, "warmup_steps": 200}
+        | {"target_update_interval": 25, "eval_interval": 2_500}
     }
 
     def __post_init__(self) -> None:
@@ -168,8 +170,7 @@ def batches(data: Dataset, key: jax.Array, step: int, args: Args) -> Iterator[St
     steps = Steps(*(getattr(data, field) for field in Steps._fields))
     place: Any = jax.make_array_from_callback  # every process brings what its own devices need
     if args.data_place == "device" or (args.data_place == "auto" and fits):
-        steps = jax.tree.map(np.asarray, steps)
-        steps = jax.tree.map(lambda x: place(x.shape, sharding(), lambda part: x[part]), steps)
+        steps = jax.tree.map(lambda x: place(x.shape, sharding(), np.asarray(x).__getitem__), steps)
         gather = jax.jit(lambda steps, t: jax.tree.map(lambda x: x[index(t)], steps), out_shardings=sharding("batch"))
         return (gather(steps, np.int32(t)) for t in itertools.count(step))
 
@@ -223,8 +224,7 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width, dtype = self.args.head_width, self.args.compute_dtype
         x = conv(self.args.head_channels, dtype, size=1)(nn.relu(layer_norm(dtype)(x)))
-        x = nn.relu(layer_norm(dtype)(x))
-        x = x.reshape(*x.shape[:-3], -1)
+        x = nn.relu(layer_norm(dtype)(x)).reshape(*x.shape[:-3], -1)
         for _ in range(2):
             x = nn.relu(layer_norm(dtype, axes=(-1,))(nn.Dense(width, use_bias=False, dtype=dtype)(x)))
         return nn.Dense(self.size, dtype=dtype, kernel_init=nn.initializers.zeros)(x).astype(jnp.float32)
@@ -238,16 +238,17 @@ class Model(nn.Module):
 
     def setup(self) -> None:
         args, channels, dtype = self.args, self.args.channels, self.args.compute_dtype
-        pool = functools.partial(nn.avg_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME", count_include_pad=False)
+        pool = jnp.vectorize(lambda x: nn.avg_pool(x, (3, 3), (2, 2), "SAME", False), signature="(h,w,c)->(i,j,c)")
         block = functools.partial(ResBlock, channels, dtype)
-        stem: list[Callable] = [conv(channels // 2, dtype, stride=2), ResBlock(channels // 2, dtype)]  # to 42 x 42, C / 2
-        stem += [block(stride=2), block(), pool, block(), pool]  # to 21 x 21, 11 x 11, 6 x 6; no padding counts in a mean
+        stem: list[Callable] = [conv(16, dtype, 8, 4), nn.relu, conv(channels, dtype, 4, 2)]  # to 21 x 21, 11 x 11
+        if args.encoder == "resnet":
+            stem = [conv(channels // 2, dtype, stride=2), ResBlock(channels // 2, dtype)]  # to 42 x 42, C / 2
+            stem += [block(stride=2), block(), pool, block(), pool]  # to 21 x 21, 11 x 11, 6 x 6; means without the padding
         self.encoder = nn.Sequential([*stem, *(block() for _ in range(args.representation_blocks))])
         self.state_norm, self.with_action = layer_norm(dtype), conv(channels, dtype)
-        self.transition = nn.Sequential([block() for _ in range(args.dynamics_blocks)])
-        self.torso = nn.Sequential([block() for _ in range(args.prediction_blocks)])
-        sizes = (self.num_actions, args.num_bins, args.num_bins)
-        self.policy, self.reward, self.value = (Head(size, args) for size in sizes)
+        self.transition = nn.Sequential([*(block() for _ in range(args.dynamics_blocks)), lambda x: x])
+        self.torso = nn.Sequential([*(block() for _ in range(args.prediction_blocks)), lambda x: x])
+        self.policy, self.reward, self.value = (Head(out, args) for out in (self.num_actions, args.num_bins, args.num_bins))
 
     def representation(self, observation: jax.Array) -> jax.Array:
         """h: observations [..., 84, 84, 4] uint8 to states [..., S]."""
@@ -503,8 +504,8 @@ def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = (), ru
     environments = make_environments(args.env_id, num_envs, env_seed % 2**31)
     params, key = jax.tree.map(lambda x: x.addressable_data(0), state.params), jax.random.PRNGKey(act_seed)
     observation, _ = environments.reset()  # [V, 4, 84, 84]
-    returns, lengths, running_return, running_length = [], [], np.zeros(num_envs), np.zeros(num_envs, int)
-    film, first_left = [observation[0, -1].copy()], episodes_left[0]
+    running_return, running_length = np.zeros(num_envs), np.zeros(num_envs, int)
+    returns, lengths, film, first_left = list[float](), list[int](), [observation[0, -1].copy()], episodes_left[0]
     is_reset = np.zeros(num_envs, bool)  # the step after an episode's end resets; it ignores its action and is not counted
     while episodes_left.any():
         if stopped_by:
@@ -516,10 +517,9 @@ def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = (), ru
         running_length += ~is_reset
         is_reset = terminated | truncated
         film += [observation[0, -1].copy()] if args.capture_video and episodes_left[0] == first_left else []
-        for i in np.flatnonzero(is_reset & (episodes_left > 0)):
-            returns.append(running_return[i])
-            lengths.append(running_length[i])
-            episodes_left[i] -= 1
+        finished = is_reset & (episodes_left > 0)
+        returns, lengths = [*returns, *running_return[finished]], [*lengths, *running_length[finished]]
+        episodes_left -= finished
         running_return[is_reset], running_length[is_reset] = 0, 0
     if args.capture_video and run_dir:
         write_video(run_dir / "videos" / f"{step}.mp4", film)

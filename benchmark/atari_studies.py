@@ -54,7 +54,7 @@ class Setting(NamedTuple):
 SAMPLED: dict[str, object] = {"sampling": True, "num-simulations": 4}
 
 
-def settings_of(study: str) -> list[Setting]:
+def settings_of(study: str, size: str) -> list[Setting]:
     """The settings of a study. Filtered behaviour cloning is ROSMO without the policy loss: the advantage filter and the
     value stay. It acts as its policy says (--sampling acts from the prior, and its target counts for nothing)."""
     rosmo, mzu = "rosmo_atari", "muzero_unplugged_atari"
@@ -71,7 +71,8 @@ def settings_of(study: str) -> list[Setting]:
             Setting("MZU-Q", 4, mzu, {"num-simulations": 4, "policy-target": "mzu_q"}),
             Setting("Gumbel MuZero", 4, mzu, {"num-simulations": 4, "policy-target": "gumbel"}),
         ]
-    lengths: dict[int, dict[str, object]] = {x: {"unroll-steps": x} if x != 5 else {} for x in (1, 3, 5, 10)}
+    own = {"paper": 5, "cpu": 3}[size]  # what the size has without a flag, so that studies share its runs
+    lengths: dict[int, dict[str, object]] = {x: {"unroll-steps": x} if x != own else {} for x in (1, 3, 5, 10)}
     return [
         Setting(method, x, script, flags)
         for x, flags in lengths.items()
@@ -163,7 +164,8 @@ def draw_ablation(args: Args, rows: list[dict], path: Path) -> None:
 def main(args: Args) -> int:
     if unknown := [game for game in args.games if normalized_score(game, 0.0) is None]:
         raise InputError(f"there are no scores to normalise by for {', '.join(unknown)}: RL Unplugged has 46 games")
-    chosen = [(setting, game, seed) for setting in settings_of(args.study) for game in args.games for seed in args.seeds]
+    settings = settings_of(args.study, args.size)
+    chosen = [(setting, game, seed) for setting in settings for game in args.games for seed in args.seeds]
     chosen = studies.part_of(chosen, args)
     for game in sorted({game for _, game, _ in chosen}):
         record_if_missing(game)

@@ -97,15 +97,11 @@ class RandomPolicy:
 
 
 def play_breakout(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
-    """Goes where the ball will be in two steps; fires where there is no ball."""
+    """Goes where the ball is; fires where there is none. What a small network can learn to see in an hour's training."""
     ball_x, ball_y, paddle = ram[:, 99], ram[:, 101], ram[:, 72]
-    speed_x, speed_y = ball_x - before[:, 99], ball_y - before[:, 101]
-    steps_left = np.where(speed_y > 0, (178 - ball_y) / np.maximum(speed_y, 1), 0)  # until the ball is at the paddle
-    ahead = (ball_x + speed_x * np.clip(steps_left, 0, 2) - 57) % 286
-    target = 57 + np.minimum(ahead, 286 - ahead)  # reflected by the walls
-    offset = target - (paddle + 8) - 0.5 * (paddle - before[:, 72])  # the paddle slides on
-    move = np.where(offset > 7, 2, np.where(offset < -7, 3, 0))  # RIGHT, LEFT, NOOP
-    return np.where((ball_y == 0) | ((speed_x == 0) & (speed_y == 0)), 1, move)  # FIRE
+    offset = ball_x - (paddle + 8)
+    move = np.where(offset > 10, 2, np.where(offset < -10, 3, 0))  # RIGHT, LEFT, NOOP
+    return np.where(ball_y == 0, 1, move)  # FIRE
 
 
 def play_pong(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:

@@ -91,7 +91,7 @@ def check_args(args: Any) -> None:
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         zero = name in ("cpu_devices", "seed", "noise", "warmup_steps", "dirichlet_fraction", "temperature")
-        zero = zero or name.endswith(("_coef", "_scale", "weight_decay"))
+        zero = zero or name.endswith(("_coef", "_scale", "weight_decay", "_blocks"))
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             raise InputError(f"{flag(name)} must be {'at least' if zero else 'above'} 0, not {value}")
         if name == "seed" and value >= 2**32:

@@ -46,6 +46,14 @@ def test_settings_table_and_figure(monkeypatch, tmp_path, capsys, study):
     assert "| 1.100 [" in out and "| 2.00 |" in out
 
 
+@pytest.mark.parametrize("size", ["paper", "cpu"])
+def test_unroll_shares_the_runs_of_the_comparison(size):
+    from rosmo_atari import Args
+
+    own = Args.unroll_steps if size == "paper" else Args.PRESETS["cpu_size"]["unroll_steps"]
+    assert [setting.flags for setting in atari_studies.settings_of("unroll", size) if setting.x == own] == [{}, {}]
+
+
 def test_games_without_scores_are_refused():
     with pytest.raises(InputError, match="no scores to normalise by for Tennis"):
         atari_studies.main(atari_studies.Args(study="budget", games=("Tennis",)))

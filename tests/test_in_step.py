@@ -102,7 +102,7 @@ BENCHMARKS: dict = {
             **dict.fromkeys(("data_place", "updates_per_call"), FRAMES),
             **dict.fromkeys(("eval_interval", "log_interval"), "updates take longer"),
             "capture_video": "bsuite has no pictures",
-            **dict.fromkeys(("cpu_size", "PRESETS"), "the paper's size does not suit a CPU"),
+            **dict.fromkeys(("encoder", "cpu_size", "PRESETS"), "the paper's size does not suit a CPU"),
         }
     },
 }

@@ -174,6 +174,18 @@ def test_cpu_size_gives_way_to_other_flags():
     assert args.channels == 24 and args.batch_size == preset["batch_size"] and args.total_steps == preset["total_steps"]
 
 
+def test_networks_of_the_cpu_size():
+    """Zero blocks are the identity, and every part takes the shapes that the one before gives."""
+    preset = {name: value for name, value in rosmo.Args.PRESETS["cpu_size"].items() if name in vars(ARGS)}
+    model = rosmo.Model(4, rosmo.Args(**preset))
+    shapes = jax.eval_shape(lambda: rosmo.init_state((84, 84, 4), model)).params
+    net = model.bind(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    state = net.representation(jnp.zeros((2, 3, 84, 84, 4), jnp.uint8))
+    assert state.shape == (2, 3, 11, 11, preset["channels"])
+    after = net.prediction(net.dynamics(state, jnp.zeros((2, 3), int)))
+    assert after.policy_logits.shape == (2, 3, 4) and after.value_logits.shape == (2, 3, preset["num_bins"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
