@@ -370,11 +370,12 @@ class Signals(list[int]):
     """Those that this process was sent."""
 
     def anywhere(self) -> bool:
-        """Whether any process was sent one: then all have it. All processes ask together."""
-        if jax.process_count() > 1:
-            first = int(multihost_utils.process_allgather(np.int32(self[0] if self else 0)).max())
-            self.extend([first] if first and not self else [])
-        return bool(self)
+        """Whether any process was sent one: then all have it. All processes ask together, and get the same answer."""
+        if jax.process_count() == 1:
+            return bool(self)
+        first = int(multihost_utils.process_allgather(np.int32(self[0] if self else 0)).max())
+        self.extend([first] if first and not self else [])
+        return first > 0  # and not bool(self): one that came while the processes asked, the others have not heard of
 
 
 def catch_signals() -> Signals:

@@ -5,12 +5,16 @@ import signal
 import socket
 import time
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 import muzero_unplugged_bsuite
 import rosmo_atari
 import rosmo_bsuite
 from data.dataset import InputError
+from data.runs import Signals
 from tests import programs
 from tests.programs import SMALL, TINY_FLAGS, metrics
 
@@ -53,6 +57,21 @@ def test_a_signal_to_one_stops_both(catch_dataset, tmp_path):
     assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, outputs
     assert f"go on with --resume {tmp_path / 'run'}" in outputs[0][0]
     assert int(programs.last_state(rosmo_bsuite, tmp_path / "run").step) >= 30
+
+
+def test_a_signal_that_comes_while_the_processes_ask(monkeypatch):
+    """The others have not heard of it: a process that stopped at once would leave them waiting for it."""
+    caught = Signals()
+
+    def ask(mine):
+        if not caught:
+            caught.append(signal.SIGTERM)
+        return np.array([0, mine])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", ask)
+    assert not caught.anywhere()
+    assert caught.anywhere()
 
 
 def test_processes_need_one_folder():
