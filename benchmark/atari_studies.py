@@ -38,6 +38,7 @@ class Args(studies.Args):
     games: tuple[str, ...] = ("Breakout", "Pong", "Seaquest", "Qbert", "MsPacman", "Amidar")  # to train on
     updates: int = 0  # of each run; 0 for 200,000, with --size cpu 10,000
     evaluations: int = 10  # of each run
+    eval_episodes: int = 32  # of each evaluation
     workers: int = 1  # runs side by side on this machine, each on cores of its own
     runs: Path = Path("runs/atari_studies")  # where the runs are kept
 
@@ -82,7 +83,8 @@ def settings_of(study: str, size: str) -> list[Setting]:
 
 def run_of(args: Args, setting: Setting, game: str, seed: int) -> Run:
     """The run of one setting on one game."""
-    flags: dict[str, object] = {"env-id": game, "seed": seed} | ({"cpu-size": True} if args.size == "cpu" else {})
+    flags: dict[str, object] = {"env-id": game, "seed": seed, "eval-episodes": args.eval_episodes}
+    flags |= {"cpu-size": True} if args.size == "cpu" else {}
     updates = args.updates or {"paper": 200_000, "cpu": 10_000}[args.size]
     return Run(setting.script, flags | setting.flags, updates, args.evaluations)
 
