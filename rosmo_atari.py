@@ -243,7 +243,10 @@ class Model(nn.Module):
 
     def representation(self, observation: jax.Array) -> jax.Array:
         """h: observations [..., 84, 84, 4] uint8 to states [..., S]."""
-        return self.encoder(observation.astype(self.args.compute_dtype) / 255)
+        image = observation.astype(self.args.compute_dtype) / 255
+        if self.args.encoder == "cnn":  # not normalised: the background becomes 0, or it would outweigh what moves
+            image -= jnp.median(image[..., ::8, ::8, -1:], axis=(-3, -2, -1), keepdims=True)
+        return self.encoder(image)
 
     def dynamics(self, state: jax.Array, action: jax.Array) -> jax.Array:
         """g: states [..., S] and actions [...] to next states [..., S]."""
