@@ -186,6 +186,17 @@ def test_networks_of_the_cpu_size():
     assert after.policy_logits.shape == (2, 3, 4) and after.value_logits.shape == (2, 3, preset["num_bins"])
 
 
+def test_cheap_encoder_does_not_see_the_brightness_of_the_background():
+    model = rosmo.Model(4, rosmo.Args(encoder="cnn", channels=4, num_bins=11, head_channels=2, head_width=8))
+    net = model.bind(rosmo.init_state((84, 84, 4), model).params)
+    frames = np.zeros((2, 84, 84, 4), np.uint8)
+    frames[0, 10:20, 30:40] = 90
+    frames[1, 50:60, 30:40, 3] = 90
+    dark, bright = net.representation(jnp.asarray(frames)), net.representation(jnp.asarray(frames + 142))
+    np.testing.assert_allclose(dark, bright, atol=1e-5)
+    assert np.abs(dark[0] - dark[1]).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
