@@ -96,15 +96,28 @@ def estimate(rows: list[dict], games: tuple[str, ...], value: Callable[[list[dic
     return studies.interval_estimates({"": np.array([[value(runs[game, seed]) for game in games] for seed in seeds])})[""]
 
 
-def is_recorded(game: str) -> bool:
-    """Whether the game's dataset was made here, and is not RL Unplugged's."""
-    return "record_atari" in open_dataset(default_folder(game)).meta.get("source", "")
+def recorded_mean(game: str) -> float | None:
+    """Mean return of the game's dataset if it was recorded here, None if it is RL Unplugged's."""
+    meta = open_dataset(default_folder(game)).meta
+    return meta["game_return"]["mean"] if "record_atari" in meta.get("source", "") else None
+
+
+def reference_lines(games: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Returns by game to compare with: published scores on RL Unplugged's data, which are no measure of what can be learned
+    from a recorded dataset; on recorded data their own mean; none where the games have both kinds."""
+    means = {game: recorded_mean(game) for game in games}
+    recorded = {game: mean for game, mean in means.items() if mean is not None}
+    if recorded:
+        return {"mean of the data": recorded} if len(recorded) == len(games) else {}
+    return {
+        f"{method}, RL Unplugged's data": {game: prior_scores(game)[method] for game in games}
+        for method in prior_scores(games[0])
+    }
 
 
 def draw_comparison(args: Args, rows: list[dict], path: Path) -> None:
     """Scores of all games against updates and against the time of updates, and of every game against updates."""
-    # Prior scores are of RL Unplugged's data, and no measure of what can be learned from a recorded dataset.
-    methods = () if any(map(is_recorded, args.games)) else tuple(prior_scores(args.games[0]))
+    references = reference_lines(args.games)
     panels: list[tuple[str, tuple[str, ...], str]] = [("all games", args.games, "step"), ("all games", args.games, "hours")]
     panels += [(game, (game,), "step") for game in args.games]
     columns = min(len(panels), 4)
@@ -124,10 +137,10 @@ def draw_comparison(args: Args, rows: list[dict], path: Path) -> None:
             xs = steps if unit == "step" else hours
             axis.plot(xs, middle, color=f"C{i}", marker="o", markersize=3, label=method)
             axis.fill_between(xs, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-        for style, method in zip(("-", "--", "-.", ":", (0, (1, 4))), methods, strict=False):
-            priors = [normalized_score(game, prior_scores(game)[method]) for game in games]
-            level = studies.interval_estimates({"": np.array([priors], float)})[""][0]
-            axis.axhline(level, color="gray", linestyle=style, linewidth=1, label=f"{method}, RL Unplugged's data")
+        for style, (name, returns) in zip(("-", "--", "-.", ":", (0, (1, 4))), references.items(), strict=False):
+            scores = [normalized_score(game, returns[game]) for game in games]
+            level = studies.interval_estimates({"": np.array([scores], float)})[""][0]
+            axis.axhline(level, color="gray", linestyle=style, linewidth=1, label=name)
         axis.set_title(title)
         axis.set_xlabel("updates" if unit == "step" else "hours of updates (median of the runs)")
         axis.grid(alpha=0.3)

@@ -10,6 +10,7 @@ sys.path.insert(0, "benchmark")
 import atari_studies
 import studies
 
+from data.atari import prior_scores
 from data.dataset import InputError
 
 GAMES = ("Breakout", "Pong")
@@ -33,7 +34,7 @@ def test_settings_table_and_figure(monkeypatch, tmp_path, capsys, study):
     monkeypatch.setattr(studies, "make", make)
     monkeypatch.setattr(studies, "BOOTSTRAPS", 50)
     monkeypatch.setattr(atari_studies, "record_if_missing", lambda game: None)
-    monkeypatch.setattr(atari_studies, "is_recorded", lambda game: False)
+    monkeypatch.setattr(atari_studies, "recorded_mean", lambda game: None)
     args = atari_studies.Args(study=study, size="cpu", games=GAMES, results=tmp_path)
     assert atari_studies.main(args) == 0
     settings = {"comparison": 3, "budget": 4, "unroll": 8}[study]
@@ -44,6 +45,18 @@ def test_settings_table_and_figure(monkeypatch, tmp_path, capsys, study):
     out = capsys.readouterr().out
     assert sum(line.startswith(("| ROSMO", "| M", "| G", "| filtered")) for line in out.splitlines()) == settings
     assert "| 1.100 [" in out and "| 2.00 |" in out
+
+
+def test_reference_lines(monkeypatch):
+    means = {"Breakout": 17.9, "Pong": None, "Freeway": 14.1}
+    monkeypatch.setattr(atari_studies, "recorded_mean", means.get)
+    assert list(atari_studies.reference_lines(("Pong",))) == [
+        f"{name}, RL Unplugged's data" for name in prior_scores("Pong")
+    ]
+    assert atari_studies.reference_lines(("Breakout", "Freeway")) == {
+        "mean of the data": {"Breakout": 17.9, "Freeway": 14.1}
+    }
+    assert atari_studies.reference_lines(("Breakout", "Pong")) == {}
 
 
 @pytest.mark.parametrize("size", ["paper", "cpu"])
