@@ -3,7 +3,7 @@
     python benchmark/bsuite_scores.py                                  # three tasks, three seeds, 20,000 updates
     python benchmark/bsuite_scores.py --seeds 0 --total-steps 5000
 
-Writes benchmark/results/bsuite_scores.csv, one line per evaluation, and prints README's table. A stopped benchmark goes
+Writes benchmark/results/bsuite_scores.csv, one line per evaluation, and prints a table. A stopped benchmark goes
 on where it was: runs/bsuite_scores/ keeps the runs, of which whole ones are read and others resumed.
 """
 
