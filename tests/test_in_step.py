@@ -63,6 +63,7 @@ ALGORITHMS: dict = {
             "num_simulations": "the default: 4 samples, 20 simulations",
             **dict.fromkeys(("search_depth", "dirichlet_fraction", "temperature", "policy_target", "tau"), TARGET),
             "__post_init__": "which of these flags go together",
+            "PRESETS": "a search turns the errors of a younger model into its targets: it copies the parameters less often",
         }
     },
 }
