@@ -4,6 +4,7 @@
     python benchmark/atari_studies.py budget                               # policy targets with 4 simulations each
     python benchmark/atari_studies.py unroll                               # steps that the model is unrolled
     python benchmark/atari_studies.py comparison --size cpu --games Breakout Pong --workers 2
+    python benchmark/atari_studies.py unroll --methods ROSMO               # the runs of one method
     sbatch benchmark/studies.slurm atari_studies comparison                # on a cluster; afterwards once more as above
 
 Each writes benchmark/results/atari_STUDY.csv (atari_STUDY_cpu.csv with --size cpu), one line per evaluation, and draws its
@@ -36,6 +37,7 @@ class Args(studies.Args):
     study: tyro.conf.Positional[Literal["comparison", "budget", "unroll"]]  # which one
     size: Literal["paper", "cpu"] = "paper"  # the paper's networks and batch, or those of --cpu-size
     games: tuple[str, ...] = ("Breakout", "Pong", "Seaquest", "Qbert", "MsPacman", "Amidar")  # to train on
+    methods: tuple[str, ...] = ()  # only these of the study's methods, by the names in its figure; none for all
     updates: int = 0  # of each run; 0 for 200,000, with --size cpu 10,000
     evaluations: int = 10  # of each run
     eval_episodes: int = 32  # of each evaluation
@@ -180,6 +182,10 @@ def main(args: Args) -> int:
     if unknown := [game for game in args.games if normalized_score(game, 0.0) is None]:
         raise InputError(f"there are no scores to normalise by for {', '.join(unknown)}: RL Unplugged has 46 games")
     settings = settings_of(args.study, args.size)
+    names = list(dict.fromkeys(setting.method for setting in settings))
+    if unknown := [method for method in args.methods if method not in names]:
+        raise InputError(f"{args.study} has no method {', '.join(unknown)}: it has {', '.join(names)}")
+    settings = [setting for setting in settings if setting.method in (args.methods or names)]
     chosen = [(setting, game, seed) for setting in settings for game in args.games for seed in args.seeds]
     chosen = studies.part_of(chosen, args)
     for game in sorted({game for _, game, _ in chosen}):

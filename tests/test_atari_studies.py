@@ -16,8 +16,11 @@ from data.dataset import InputError
 GAMES = ("Breakout", "Pong")
 
 
-@pytest.mark.parametrize("study", ["comparison", "budget", "unroll"])
-def test_settings_table_and_figure(monkeypatch, tmp_path, capsys, study):
+@pytest.mark.parametrize(
+    ("study", "methods", "settings"),
+    [("comparison", (), 3), ("budget", (), 4), ("unroll", (), 8), ("unroll", ("ROSMO",), 4)],
+)
+def test_settings_table_and_figure(monkeypatch, tmp_path, capsys, study, methods, settings):
     import muzero_unplugged_atari
     import rosmo_atari
 
@@ -35,9 +38,8 @@ def test_settings_table_and_figure(monkeypatch, tmp_path, capsys, study):
     monkeypatch.setattr(studies, "BOOTSTRAPS", 50)
     monkeypatch.setattr(atari_studies, "record_if_missing", lambda game: None)
     monkeypatch.setattr(atari_studies, "recorded_mean", lambda game: None)
-    args = atari_studies.Args(study=study, size="cpu", games=GAMES, results=tmp_path)
+    args = atari_studies.Args(study=study, size="cpu", games=GAMES, methods=methods, results=tmp_path)
     assert atari_studies.main(args) == 0
-    settings = {"comparison": 3, "budget": 4, "unroll": 8}[study]
     assert len(set(made)) == len(made) == settings * 2 * 3
     with (tmp_path / f"atari_{study}_cpu.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4 * len(made)
@@ -65,6 +67,11 @@ def test_unroll_shares_the_runs_of_the_comparison(size):
 
     own = Args.unroll_steps if size == "paper" else Args.PRESETS["cpu_size"]["unroll_steps"]
     assert [setting.flags for setting in atari_studies.settings_of("unroll", size) if setting.x == own] == [{}, {}]
+
+
+def test_unknown_methods_are_refused():
+    with pytest.raises(InputError, match="budget has no method BC: it has ROSMO, sampled, MuZero Unplugged, MZU-Q, Gumbel"):
+        atari_studies.main(atari_studies.Args(study="budget", methods=("BC",)))
 
 
 def test_games_without_scores_are_refused():
