@@ -1,3 +1,12 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "jax>=0.7", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.20", "numpy>=2.0", "tyro>=0.9.30", "tqdm>=4.66",
+#     "wandb>=0.19",
+#     "envpool>=1.2.5", "opencv-python-headless>=4.10",
+#     "mctx>=0.0.5",
+# ]
+# ///
 """MuZero Unplugged on Atari in one file: offline reinforcement learning by tree search with a learned model.
 
 Schrittwieser et al.: "Online and Offline Reinforcement Learning by Planning with a Learned Model", NeurIPS 2021
@@ -12,29 +21,48 @@ In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n boot
 (6 x 6 x channels), A the number of actions, N the steps of the dataset; h, g, f are representation, dynamics and prediction.
 """
 
+import argparse
 import dataclasses
+import difflib
+import fcntl
 import functools
+import importlib.metadata
+import io
 import itertools
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
+import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import cv2
+import envpool
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import mctx
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
+import tyro
+from envpool.atari.registration import atari_game_list
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
 
-from data.atari import make_environments, normalized_score, num_actions, write_video
-from data.dataset import Dataset, InputError, check_fit, keep_fraction, open_dataset
-from data.record_atari import record_if_missing
-from data.runs import Checkpoints, Log, Progress, catch_signals, open_run, parse_args, prefetch, run_program, use_devices
+
+class InputError(Exception):
+    """What the program's user can put right: it is printed as one sentence, and the exit code is 2."""
+
 
 # ---------------------------------------------------------------------------------------------------------------- Args
 
@@ -94,14 +122,23 @@ class Args:
     distributed: bool = False  # this is one of several processes, on one host or more, that train together
     cpu_size: bool = False  # a size for CPUs: other defaults for the batch, the networks, the updates and the evaluations
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "cpu_size": {"batch_size": 32, "total_steps": 20_000, "encoder": "cnn", "channels": 16, "representation_blocks": 0}
-        | {"dynamics_blocks": 1, "prediction_blocks": 0, "head_channels": 8, "head_width": 128, "num_bins": 81}
-        | {"unroll_steps": 3, "bootstrap_steps": 3, "learning_rate": 2e-3, "warmup_steps": 200}
-        | {"learning_rate_decay_steps": 15_000, "eval_interval": 2_500}
-    }
-
     def __post_init__(self) -> None:
+        """Raises InputError for values that make no sense."""
+        zero = ("seed", "warmup_steps", "weight_decay", "cpu_devices", "dirichlet_fraction", "temperature")
+        tiny, huge = sys.float_info.min, sys.float_info.max
+        for name, value in vars(self).items():
+            least = {"num_bins": 3, "channels": 2}.get(
+                name, 0 if name in zero or name.endswith(("_coef", "_scale", "_blocks")) else tiny
+            )
+            most = 1 if name.endswith(("_fraction", "discount", "_decay")) else 2**32 - 1 if name == "seed" else huge
+            if type(value) in (int, float) and not least <= value <= most:
+                limits = "above 0" if least == tiny else f"at least {least}"
+                limits += f" and at most {most}" if most < huge else ""
+                raise InputError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
+        if self.distributed and self.run_dir is None:
+            raise InputError("--distributed needs --run-dir: all processes train in one folder")
+        if self.eval_only and self.resume is None:
+            raise InputError("--eval-only needs --resume RUN_DIR")
         if self.search_depth is not None and self.search_depth > self.num_simulations:
             raise InputError(f"{self.num_simulations} simulations cannot grow a tree of depth {self.search_depth}")
         used = {"visit_counts": ("dirichlet_fraction", "temperature"), "mzu_q": ("dirichlet_fraction", "tau"), "gumbel": ()}
@@ -110,17 +147,26 @@ class Args:
                 raise InputError(f"--{name.replace('_', '-')} has no part in --policy-target {self.policy_target}")
 
 
+CPU_SIZE: dict[str, Any] = {
+    **{"batch_size": 32, "total_steps": 20_000, "encoder": "cnn", "channels": 16, "representation_blocks": 0},
+    **{"dynamics_blocks": 1, "prediction_blocks": 0, "head_channels": 8, "head_width": 128, "num_bins": 81},
+    **{"unroll_steps": 3, "bootstrap_steps": 3, "learning_rate": 2e-3, "warmup_steps": 200, "eval_interval": 2_500},
+    **{"learning_rate_decay_steps": 15_000},
+}
+
+
 # -------------------------------------------------------------------------------------------------- Dataset and sampler
 
 
 class Steps(NamedTuple):
     """Steps in time order: the whole dataset with leading axis [N], or a batch of windows with leading axes [B, T]."""
 
-    observation: jax.Array  # [..., 84, 84] uint8 frames, or [..., 84, 84, 4] stacks, newest frame last
-    action: jax.Array  # [...] int32
-    reward: jax.Array  # [...] float32
-    is_first: jax.Array  # [...] bool
-    is_last: jax.Array  # [...] bool
+    observation: Any  # [..., 84, 84] uint8 frames, or [..., 84, 84, 4] stacks, newest frame last
+    action: Any  # [...] int32; an episode's last step has none, and 0 here
+    reward: Any  # [...] float32, of the action
+    is_first: Any  # [...] bool
+    is_last: Any  # [...] bool
+    is_terminal: Any  # [...] bool; an episode whose last step is not terminal was cut off
 
 
 def sharding(*axes: str) -> NamedSharding:
@@ -133,16 +179,77 @@ def per_device(*in_specs: jax.P, out: jax.P) -> Callable:
     return functools.partial(jax.shard_map, mesh=sharding().mesh, in_specs=in_specs, out_specs=out, check_vma=False)
 
 
-def load_dataset(args: Args) -> Dataset:
-    """Opens the run's dataset, records the standard one if it is missing, and keeps a fraction of the episodes.
+def find_dataset(args: Args) -> Path:
+    """The folder of the run's dataset. A default one that is missing is recorded, by the repository's data/.
+
+    Raises InputError if it is missing and this file stands alone.
+    """
+    folder = Path("datasets", "atari", args.env_id)
+    if args.data_dir is None and not folder.exists():
+        try:
+            from data.record_atari import record_if_missing
+        except ImportError:
+            raise InputError(f"there is no dataset {folder}: name the folder of one by --data-dir") from None
+        record_if_missing(args.env_id)
+    return args.data_dir or folder
+
+
+def open_dataset(folder: Path) -> tuple[Steps, dict[str, Any]]:
+    """The arrays [N] of a dataset folder, memory-mapped, and its meta.json. Format: data/README.md in the repository.
+
+    Raises InputError, naming the file, where something is missing, damaged or does not fit the format.
+    """
+    dtypes, arrays = {"observation": ("float32", "uint8"), "action": ("int32",), "reward": ("float32",)}, {}
+    try:
+        file = folder / "meta.json"
+        meta = json.loads(file.read_text())
+        length, episodes, num_actions = (int(meta[name]) for name in ("steps", "episodes", "num_actions"))
+        for field in Steps._fields:
+            file = folder / f"{field}.npy"
+            x = arrays[field] = np.load(file, mmap_mode="r")
+            is_column = field != "observation"
+            if x.dtype not in dtypes.get(field, ("bool",)) or not 0 < len(x) == length or is_column != (x.ndim == 1):
+                raise ValueError(f"it holds {x.dtype} {x.shape}, and meta.json says {length} steps")
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is missing, damaged or cut short: {error!r}") from None
+    data = Steps(**arrays)
+    is_first, is_last, last_step = data.is_first, data.is_last, data.is_last.nonzero()
+    floats = [data.reward] + ([data.observation] if data.observation.dtype == "float32" else [])
+    for wrong, fault in (
+        (meta.get("format_version") != 1, "its format version is not 1"),
+        (not is_first[0] or (is_first != np.roll(is_last, 1)).any(), "is_first and is_last do not mark whole episodes"),
+        (is_first.sum() != episodes, f"is_first does not mark {episodes} episodes, as meta.json says"),
+        ((data.is_terminal & ~is_last).any(), "is_terminal marks a step that is not an episode's last"),
+        (data.action.min() < 0 or data.action.max() >= num_actions, f"an action is outside 0 to {num_actions - 1}"),
+        (data.action[last_step].any() or data.reward[last_step].any(), "an episode's last step has an action or a reward"),
+        (not all(np.isfinite(x).all() for x in floats), "a reward or an observation is not finite"),
+    ):
+        if wrong:
+            raise InputError(f"{folder} is damaged: {fault}")
+    return data, meta
+
+
+def load_dataset(args: Args, observation_shape: tuple[int, ...], num_actions: int) -> tuple[Steps, np.ndarray, dict]:
+    """The run's dataset [N], the rows [M] of it to train on (all steps of a fraction of its episodes), and its meta.json.
 
     Raises InputError for a dataset that is missing, damaged, of another game, or too small for the settings.
     """
-    data = open_dataset(args.data_dir or record_if_missing(args.env_id))
-    data = keep_fraction(data, args.data_fraction, args.seed) if args.data_fraction < 1 else data
-    window = args.unroll_steps + args.bootstrap_steps + 1
-    check_fit(data, args.env_id, num_actions(args.env_id), (84, 84), window, args.batch_size)
-    return data
+    data, meta = open_dataset(find_dataset(args))
+    found = (meta.get("env_id"), meta["num_actions"], data.observation.shape[1:], str(data.observation.dtype))
+    wanted = (args.env_id, num_actions, observation_shape, "uint8")
+    if found != wanted:
+        raise InputError(f"the dataset has {found}, not (environment, actions, shape, type of observations) {wanted}")
+    episodes, window = meta["episodes"], args.unroll_steps + args.bootstrap_steps + 1
+    # Of as many equal stretches of the dataset as episodes are kept, one episode each, drawn by seed.
+    edges = np.linspace(0, episodes, max(1, round(args.data_fraction * episodes)) + 1).astype(int)
+    kept = np.random.default_rng(args.seed).integers(edges[:-1], edges[1:])
+    rows = np.isin(np.cumsum(data.is_first) - 1, kept).nonzero()[0].astype(np.int32)
+    longest = np.diff(np.append(data.is_first[rows], True).nonzero()[0]).max()
+    if longest < window:
+        raise InputError(f"windows of {window} steps are longer than every episode of the data (at most {longest} steps)")
+    if len(rows) - window + 1 < args.batch_size:
+        raise InputError(f"--batch-size {args.batch_size} is more than the {len(rows) - window + 1} windows of the data")
+    return data, rows, meta
 
 
 def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
@@ -161,24 +268,32 @@ def stack_frames(windows: Steps) -> Steps:
     return jax.tree.map(lambda x: x[:, 3:], windows)._replace(observation=jnp.moveaxis(stacks, 2, -1))
 
 
-def batches(data: Dataset, key: jax.Array, step: int, args: Args) -> Iterator[Steps]:
-    """Windows [B, 3 + T] for update `step` and all after it, from device memory, host memory or disk."""
+def batches(data: Steps, rows: np.ndarray, key: jax.Array, step: int, args: Args) -> Iterator[Steps]:
+    """Windows [B, 3 + T] of these rows for update `step` and all after it, from device memory, host memory or disk."""
     memory = jax.local_devices()[0].memory_stats() or {"bytes_limit": 0, "bytes_in_use": 0}  # a CPU tells none
-    fits = memory["bytes_limit"] - memory["bytes_in_use"] > 2 * data.observation.nbytes
+    fits = memory["bytes_limit"] - memory["bytes_in_use"] > 2 * len(rows) * data.observation[0].nbytes
     windows_key = jax.device_get(jax.random.split(key, 3)[0])
-    index = jax.jit(lambda t: sample_windows(jax.random.fold_in(windows_key, t), len(data.action), args))
-    steps = Steps(*(getattr(data, field) for field in Steps._fields))
+    index = jax.jit(lambda t: sample_windows(jax.random.fold_in(windows_key, t), len(rows), args))
     place: Any = jax.make_array_from_callback  # every process brings what its own devices need
     if args.data_place == "device" or (args.data_place == "auto" and fits):
-        steps = jax.tree.map(lambda x: place(x.shape, sharding(), np.asarray(x).__getitem__), steps)
+        steps = jax.tree.map(lambda x: place((len(rows), *x.shape[1:]), sharding(), lambda part: x[rows[part[0]]]), data)
         gather = jax.jit(lambda steps, t: jax.tree.map(lambda x: x[index(t)], steps), out_shardings=sharding("batch"))
         return (gather(steps, np.int32(t)) for t in itertools.count(step))
 
     def read(t: int) -> Steps:
-        rows, over = np.asarray(index(np.int32(t))), sharding("batch")
-        return jax.tree.map(lambda x: place(rows.shape + x.shape[1:], over, lambda part: x[rows[part[0]]]), steps)
+        at, over = rows[np.asarray(index(np.int32(t)))], sharding("batch")
+        return jax.tree.map(lambda x: place(at.shape + x.shape[1:], over, lambda part: x[at[part[0]]]), data)
 
-    return prefetch(map(read, itertools.count(step)))
+    return read_ahead(read, step)
+
+
+def read_ahead(read: Callable[[int], Steps], step: int, ahead: int = 4) -> Iterator[Steps]:
+    """read(step), read(step + 1) and so on, each begun `ahead` calls before its use, in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(read, t) for t in range(step, step + ahead))
+        for t in itertools.count(step + ahead):
+            yield waiting.popleft().result()
+            waiting.append(pool.submit(read, t))
 
 
 # ------------------------------------------------------------------------------------------------------------- Networks
@@ -483,7 +598,42 @@ def update_windows(state: TrainState, windows: Steps, model: Model) -> tuple[Tra
     return update(state, actions_key, batch, label(state.target_params, labels_key, batch.observation), model)
 
 
-# ------------------------------------------------------------------------------------------------ Acting and evaluation
+# --------------------------------------------------------------------------------- Environments, acting and evaluation
+
+
+def make_environments(env_id: str, seeds: Sequence[int]) -> Any:
+    """A game for each of the seeds, side by side; the step after an episode's end resets, and ignores its action.
+
+    Observations [V, 4, 84, 84] uint8, newest frame last, and all else as when the datasets were made (Dopamine: Castro et
+    al. 2018); rewards are the game's own. Raises InputError for an unknown game, with the closest known one.
+    """
+    games = ["".join(part.capitalize() for part in game.split("_")) for game in atari_game_list]
+    if env_id not in games:
+        closest = difflib.get_close_matches(env_id, games, n=1, cutoff=0.0)[0]
+        raise InputError(f"there is no game {env_id!r}; did you mean {closest!r}?")
+    return envpool.make(
+        f"{env_id}-v5",
+        env_type="gymnasium",
+        num_envs=len(seeds),
+        seed=[seed % 2**31 for seed in seeds],
+        stack_num=4,
+        repeat_action_probability=0.25,
+        noop_max=1,  # a reset plays one no-op frame; 0 hangs or crashes EnvPool 1.2.5
+        use_fire_reset=False,
+        episodic_life=False,
+        reward_clip=False,
+        full_action_space=False,
+        max_episode_steps=27_000,  # 108,000 frames, half an hour of play
+    )
+
+
+def write_video(path: Path, frames: list[np.ndarray]) -> None:
+    """Writes frames uint8 [84, 84], 15 to a second as the games are played, each pixel enlarged to 4 x 4."""
+    path.parent.mkdir(exist_ok=True)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 15, (336, 336), isColor=False)
+    for frame in frames:
+        writer.write(np.kron(frame, np.ones((4, 4), np.uint8)))
+    writer.release()
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -494,21 +644,25 @@ def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> ja
     return search(params, key, state, net.prediction(state), model).action
 
 
-def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = (), run_dir: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    state: TrainState, model: Model, meta: dict[str, Any], stopped_by: Sequence[int] = (), run_dir: Path | None = None
+) -> dict[str, Any]:
     """Plays eval_episodes episodes in the real environment and returns the "eval/..." metrics; {} if stopped_by a signal.
 
-    How many episodes each environment plays is fixed beforehand, so that short episodes do not count more often.
-    run_dir: with --capture-video, whose videos/ gets the first environment's first episode.
+    How many episodes each environment plays is fixed beforehand, so that short episodes do not count more often. meta: the
+    dataset's; with its reference returns, the normalised score is (return - random play) / (online DQN - random play).
+    run_dir: with --capture-video, the first environment's first episode is filmed into its videos/.
     """
     args, step = model.args, int(state.step)
     num_envs = min(args.eval_envs, args.eval_episodes)
     episodes_left = args.eval_episodes // num_envs + (np.arange(num_envs) < args.eval_episodes % num_envs)
-    env_seed, act_seed = np.random.SeedSequence([args.seed, step]).generate_state(2).tolist()
-    environments = make_environments(args.env_id, num_envs, env_seed % 2**31)
+    act_seed, *seeds = np.random.SeedSequence([args.seed, step]).generate_state(1 + num_envs).tolist()
+    environments = make_environments(args.env_id, seeds)
     params, key = jax.tree.map(lambda x: x.addressable_data(0), state.params), jax.random.PRNGKey(act_seed)
     observation, _ = environments.reset()  # [V, 4, 84, 84]
+    film, first_left = [observation[0, -1].copy()], episodes_left[0]  # of the first environment's first episode
+    returns, lengths = list[float](), list[int]()
     running_return, running_length = np.zeros(num_envs), np.zeros(num_envs, int)
-    returns, lengths, film, first_left = list[float](), list[int](), [observation[0, -1].copy()], episodes_left[0]
     is_reset = np.zeros(num_envs, bool)  # the step after an episode's end resets; it ignores its action and is not counted
     while episodes_left.any():
         if stopped_by:
@@ -524,11 +678,186 @@ def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = (), ru
         returns, lengths = [*returns, *running_return[finished]], [*lengths, *running_length[finished]]
         episodes_left -= finished
         running_return[is_reset], running_length[is_reset] = 0, 0
+    environments.close()
     if args.capture_video and run_dir:
         write_video(run_dir / "videos" / f"{step}.mp4", film)
     scores = {f"eval/return_{name}": float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
     scores |= {"eval/length_mean": float(np.mean(lengths)), "eval/episodes": len(returns)}
-    return scores | {"eval/normalized_score": normalized_score(args.env_id, scores["eval/return_mean"])}
+    if reference := meta.get("reference_returns"):
+        gain, whole = scores["eval/return_mean"] - reference["random"], reference["online_dqn"] - reference["random"]
+        scores["eval/normalized_score"] = gain / whole
+    return scores
+
+
+# ---------------------------------------------------------------------- Run folder, checkpoints, logging, command line
+
+
+def use_devices(args: Args) -> None:
+    """Splits a CPU into devices, so that all its cores work on a batch, and joins the other processes of --distributed.
+
+    JAX finds those on clusters that it knows (Slurm, for one), and elsewhere by the environment's JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises InputError if it does not, or if the devices cannot share the batch.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(n for n in range(1, min(cores, 8) + 1) if args.batch_size % n == 0)
+    with suppress(RuntimeError):  # JAX has started already
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices or most)
+    if args.distributed:
+        count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        try:
+            jax.distributed.initialize(num_processes=int(count or 0) or None, process_id=int(index) if index else None)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"--distributed: {error}") from None
+    if args.batch_size % jax.device_count() != 0:
+        raise InputError(f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices")
+
+
+def catch_signals() -> list[int]:
+    """From now on a first signal only goes into this list, and a second one ends the program.
+
+    Of several processes, each turns its signal into SIGTERM, of which JAX's own handler tells all (reached_preemption).
+    """
+    caught: list[int] = []
+
+    def catch(signum: int, _: Any) -> None:
+        caught.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, *([signal.SIGTERM] if jax.process_count() == 1 else [])):
+        signal.signal(signum, catch)
+    return caught
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """The args.json of a run of this script. Raises InputError if the folder has none."""
+    try:
+        run = json.loads((run_dir / "args.json").read_text())
+        script, _, _ = run["script"], run["args"]["data_dir"], run["dataset"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run_dir} is not the folder of a run that can be resumed: {error!r}") from None
+    if script != Path(__file__).stem:
+        raise InputError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
+    return run
+
+
+def open_run(args: Args, meta: dict[str, Any]) -> dict[str, Any]:
+    """Makes the run's folder, or takes that of --resume, keeps other programs out, and returns what args.json shall say.
+
+    Raises InputError if the folder exists already, another program trains in it, or a resumed run's dataset has changed.
+    """
+    script, data_dir, before, commit = Path(__file__), str(find_dataset(args).absolute()), None, None
+    name = f"{args.env_id}__{script.stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    for i in itertools.count(1):  # two runs may begin in the same second
+        run_dir = args.run_dir or Path("runs", f"{name}_{i}" if i > 1 else name)
+        with suppress(FileExistsError):
+            run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+            break
+        if args.run_dir:
+            raise InputError(f"{run_dir} exists already: name another --run-dir, or go on with --resume")
+    try:
+        fcntl.lockf(os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
+    except OSError as error:
+        if isinstance(error, BlockingIOError):  # else the file system has no locks
+            raise InputError(f"another program is training in {run_dir}") from None
+    if args.resume:
+        before = read_run(run_dir)
+        if before["dataset"] != meta and before["args"]["data_dir"] == data_dir:
+            raise InputError(f"{data_dir} is no longer the dataset that {run_dir} was trained on")
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = subprocess.check_output(["git", "-C", script.parent, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL)
+    return {
+        "id": before["id"] if before else uuid.uuid4().hex[:8],
+        "script": script.stem,
+        "args": vars(args) | {"run_dir": run_dir, "data_dir": data_dir},
+        "dataset": meta,
+        "git_commit": commit and commit.decode().strip(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "versions": {"python": sys.version} | {each.name: each.version for each in importlib.metadata.distributions()},
+    }
+
+
+def open_checkpoints(run_dir: Path, read_only: bool = False) -> ocp.CheckpointManager:
+    """A run's checkpoints: each whole or absent, the last two are kept. read_only: another program may write them."""
+    options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
+    if not read_only:
+        options = dataclasses.replace(options, create=True, max_to_keep=2, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
+
+
+def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
+    if checkpoints.latest_step() != int(state.step):
+        checkpoints.save(int(state.step), args=ocp.args.StandardSave(state), force=True)
+
+
+def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState:
+    """The last checkpoint, in the shapes and places of `like`. Raises InputError if there is none or it cannot be read."""
+    *before, step = sorted(checkpoints.all_steps()) or [None]
+    if step is None:
+        raise InputError(f"{checkpoints.directory} holds no checkpoint")
+    try:
+        return checkpoints.restore(step, args=ocp.args.StandardRestore(like))
+    except Exception as error:  # Orbax raises many kinds, also a bare one, and its threads more
+        sys.unraisablehook = lambda _: None
+        reason = str(error).strip().split("\n")[0].split(" [")[0][:300]
+        others = "".join(f"; before it there is {checkpoints.directory}/{step}" for step in before)
+        raise InputError(f"the checkpoint {checkpoints.directory}/{step} cannot be read ({reason}){others}") from None
+
+
+def open_log(run: dict[str, Any], step: int) -> tuple[set[int], Callable[[int, dict[str, Any]], None]]:
+    """The steps that are scored, and a function that appends to metrics.jsonl and, with --track, to Weights & Biases.
+
+    Writes args.json. Drops the lines after `step`: a killed run wrote them after its last checkpoint, and they come again.
+    Raises InputError if there is nothing left to do.
+    """
+    args, path, tracker = run["args"], run["args"]["run_dir"] / "metrics.jsonl", None
+    texts = path.read_text().splitlines(keepends=True) if path.exists() else []
+    texts = [text for text in texts if text.endswith("\n") and json.loads(text)["step"] <= step]
+    scored = {0} | {json.loads(text)["step"] for text in texts if "eval/return_mean" in text}
+    if step > args["total_steps"] or (step == args["total_steps"] and step in scored):
+        raise InputError(f"{path.parent} has made {step} updates already: name more with --total-steps")
+    if jax.process_index() > 0:
+        return scored, lambda step, metrics: None
+    for name, text in {"args.json": json.dumps(run, indent=2, default=str) + "\n", path.name: "".join(texts)}.items():
+        path.with_name(f"{name}.new").write_text(text)
+        path.with_name(f"{name}.new").rename(path.with_name(name))
+    file = path.open("a")
+    if args["track"]:
+        import wandb
+
+        names = {"project": args["wandb_project"], "entity": args["wandb_entity"], "name": path.parent.name, "id": run["id"]}
+        tracker = wandb.init(**names, config=args, dir=str(path.parent), resume="allow")
+
+    def write(step: int, metrics: dict[str, Any]) -> None:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+        file.flush()
+        if tracker is not None:
+            tracker.log(metrics, step=step)
+
+    return scored, write
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Args:
+    """Reads the command line. What it does not name is, with --resume, as in that run, which goes on in its folder.
+
+    Raises InputError for values that make no sense, or if --resume names no run of this script.
+    """
+    first, default = argparse.ArgumentParser(add_help=False, allow_abbrev=False), Args()
+    first.add_argument("--resume", type=Path)
+    first.add_argument("--cpu-size", "--cpu_size", action="store_true")
+    resume = first.parse_known_args(argv)[0].resume
+    default = Args(**CPU_SIZE) if first.parse_known_args(argv)[0].cpu_size else default
+    if resume is not None:
+        saved = read_run(resume)["args"]
+        if unknown := sorted(saved.keys() - vars(default).keys()):
+            print(f"{resume} has settings that this program lacks: {', '.join(unknown)}", file=sys.stderr)
+        saved |= {"resume": resume, "run_dir": resume, "data_dir": Path(saved["data_dir"]), "eval_only": False}
+        default = Args(**{name: value for name, value in saved.items() if name not in unknown})
+    args = tyro.cli(Args, args=argv, default=default, description=__doc__)
+    if resume and args.run_dir != resume:
+        raise InputError("--resume goes on in the folder that it names: there is no --run-dir beside it")
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------------- Main
@@ -536,67 +865,94 @@ def evaluate(state: TrainState, model: Model, stopped_by: Sequence[int] = (), ru
 
 def main(args: Args) -> int:
     """Trains, or with --eval-only evaluates, and returns the exit code."""
-    use_devices(args.batch_size, args.cpu_devices, args.distributed)
-    model = Model(num_actions(args.env_id), args)
+    use_devices(args)
+    environment = make_environments(args.env_id, [args.seed])
+    model = Model(int(environment.single_action_space.n), args)
     state = init_state((84, 84, 4), model)
     if args.eval_only and args.resume:
-        state = Checkpoints(args.resume, read_only=True).restore(state)
-        print(json.dumps({"step": int(state.step), **evaluate(state, model, (), args.resume)}))
+        state = restore(open_checkpoints(args.resume, read_only=True), state)
+        print(
+            json.dumps(
+                {"step": int(state.step), **evaluate(state, model, read_run(args.resume)["dataset"], (), args.resume)}
+            )
+        )
         return 0
-    dataset = load_dataset(args)
+    data, rows, meta = load_dataset(args, (84, 84), model.num_actions)
     stopped_by = catch_signals()
-    run_dir = open_run(args, Path(__file__), dataset)
-    checkpoints = Checkpoints(run_dir)
-    state = checkpoints.restore(state) if args.resume else state
-    step = int(state.step)
-    log = Log(run_dir, step, args)
-    if step > args.total_steps or (step == args.total_steps and step in log.scored):
-        raise InputError(f"{run_dir} has made {step} updates already: name more with --total-steps")
-    checkpoints.save(step, state)
-    print(f"{run_dir}: {len(dataset.action)} steps, {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
-    start = time.perf_counter()
-    windows = batches(dataset, state.key, step, args)
+    first = jax.process_index() == 0  # of several processes the first writes and talks
+    run = open_run(args, meta) if first else {"args": vars(args)}
+    multihost_utils.sync_global_devices("the run's folder is there")
+    run_dir = run["args"]["run_dir"]
+    checkpoints = open_checkpoints(run_dir)
+    state = state if checkpoints.latest_step() is None else restore(checkpoints, state)
+    step = first_step = int(state.step)
+    scored, write = open_log(run, step)
+    save(checkpoints, state)
+    bar = tqdm(initial=step, total=args.total_steps, unit="update", disable=None if first else True, dynamic_ncols=True)
+    say = functools.partial(bar.write, file=sys.stdout if first else io.StringIO())
+    say(f"{run_dir}: {len(rows)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}")
+    windows = batches(data, rows, state.key, step, args)
     batch = next(windows)
     compiled_update = update_windows.lower(state, batch, model).compile()
-    seconds = log.seconds
-    seconds["compile"] += time.perf_counter() - start
-    progress = Progress(step, args.total_steps, seconds["update"], "" if args.cpu_size else "--cpu-size suits a CPU", 1)
-    sums, logged_step, logged_seconds = dict[str, float](), step, seconds["update"]
+    sums, logged_step, seconds, calls = dict[str, float](), step, 0.0, itertools.count()
     while True:
-        if (step % args.eval_interval == 0 or step == args.total_steps) and step not in log.scored:
-            start = time.perf_counter()
-            checkpoints.save(step, state)
-            scores = evaluate(state, model, stopped_by, run_dir)
-            seconds["evaluation"] += time.perf_counter() - start
-            log.write(step, scores)
-            progress.print_scores(step, scores)
-        if step == args.total_steps or stopped_by.anywhere():
+        if (step % args.eval_interval == 0 or step == args.total_steps) and step not in scored:
+            save(checkpoints, state)
+            if scores := evaluate(state, model, meta, stopped_by, run_dir):
+                scored.add(step)
+                write(step, scores)
+                say(f"{step} updates: " + ", ".join(f"{name[5:]} {value:.4g}" for name, value in scores.items()))
+        # Of several processes all must stop after the same call: after a signal to any of them JAX agrees on one.
+        stop = bool(stopped_by) if jax.process_count() == 1 else checkpoints.reached_preemption(next(calls))
+        if step == args.total_steps or stop:
             break
         start = time.perf_counter()
         state, metrics = compiled_update(state, batch)
         batch = next(windows)
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(metrics).items()}  # waits
-        seconds["update"] += time.perf_counter() - start
+        seconds += time.perf_counter() - start
         if not np.isfinite([sums["total_loss"], sums["grad_norm"], sums["param_norm"]]).all():
-            checkpoints.close()
             sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
         step += 1
         means = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
-        if is_log := step % args.log_interval == 0 or step == args.total_steps:
-            means["train/updates_per_second"] = (step - logged_step) / (seconds["update"] - logged_seconds)
-            log.write(step, means | {f"time/{name}": value for name, value in seconds.items()})
-            sums, logged_step, logged_seconds = {}, step, seconds["update"]
-        progress.update(step, means["train/total_loss"], seconds["update"], is_log)
+        means["train/updates_per_second"] = speed = (step - logged_step) / seconds
+        progress = f"loss {means['train/total_loss']:.3f}, {speed:.1f} updates/s"
+        bar.set_postfix_str(progress, refresh=False)
+        bar.update(1)
+        if step == first_step + 1 and jax.default_backend() == "cpu":
+            minutes = (args.total_steps - step) / speed / 60
+            hint = "" if args.cpu_size else "; --cpu-size suits a CPU"
+            say(f"no accelerator: {progress}, {minutes:.1f} minutes left{hint}")
+        if step % args.log_interval == 0 or step == args.total_steps:
+            write(step, means)
+            if bar.disable:  # stderr is no terminal
+                say(f"{step}/{args.total_steps} updates, {progress}")
+            sums, logged_step, seconds = {}, step, 0.0
         if step % args.checkpoint_interval == 0:
-            checkpoints.save(step, state)
-    checkpoints.save(step, state)
-    for each in (progress, log, checkpoints):
-        each.close()
-    if stopped_by and (step < args.total_steps or step not in log.scored):
-        print(f"stopped after {step} updates; go on with --resume {run_dir}")
-        return 128 + stopped_by[0]
+            save(checkpoints, state)
+    save(checkpoints, state)
+    bar.close()
+    checkpoints.close()
+    if step < args.total_steps or step not in scored:
+        say(f"stopped after {step} updates; go on with --resume {run_dir}")
+        return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)
     return 0
 
 
 if __name__ == "__main__":
-    run_program(lambda: main(parse_args(Args, Path(__file__), __doc__)))
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        sys.exit(main(parse_args()))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        known = (
+            type(error).__name__ == "InputError",
+            isinstance(error, OSError),
+            type(error).__module__.startswith("wandb"),
+        )
+        if not any(known) and not any(word in str(error) for word in ("No space left on device", "RESOURCE_EXHAUSTED")):
+            raise
+        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)

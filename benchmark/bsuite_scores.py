@@ -1,56 +1,33 @@
 """Scores of a script on the BSuite tasks, several seeds each, beside random play and the data's own mean return.
 
-    python benchmark/bsuite_scores.py                                  # three tasks, three seeds, 20,000 updates
-    python benchmark/bsuite_scores.py --seeds 0 --total-steps 5000
+    python -m benchmark.bsuite_scores                                  # three tasks, three seeds, 20,000 updates
+    python -m benchmark.bsuite_scores --seeds 0 --updates 5000 --evaluations 5
+    python -m benchmark.bsuite_scores --results DIR                    # with an empty DIR: makes every run anew
 
-Writes benchmark/results/bsuite_scores.csv, one line per evaluation, and prints a table. A stopped benchmark goes
-on where it was: runs/bsuite_scores/ keeps the runs, of which whole ones are read and others resumed.
+Writes benchmark/results/bsuite_scores.csv, one line per evaluation, and prints a table. A stopped benchmark goes on
+where it was: runs that are whole in a table of --results or in runs/bsuite_scores/ are read, others made or resumed.
 """
 
-import csv
-import json
-import platform
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
-from data.dataset import open_dataset
-from data.record_bsuite import default_folder, make_environment
+from benchmark import studies
+from benchmark.studies import Run
+from data.dataset import open_dataset, run_program
+from data.record_bsuite import default_folder, make_environment, record_if_missing
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
-@dataclass(frozen=True)
-class Args:
-    script: str = "rosmo_bsuite"  # the training script, without .py
+@dataclass(frozen=True, kw_only=True)
+class Args(studies.Args):
+    script: Literal["rosmo_bsuite", "muzero_unplugged_bsuite"] = "rosmo_bsuite"  # the training script
     tasks: tuple[str, ...] = ("catch", "cartpole", "mountain_car")  # tasks to train on
-    seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the runs
-    total_steps: int = 20_000  # updates of each run
-    eval_interval: int = 1_000  # updates between evaluations
+    updates: int = 20_000  # of each run
+    evaluations: int = 20  # of each run
     runs: Path = Path("runs/bsuite_scores")  # where the runs are kept
-    out: Path = ROOT / "benchmark" / "results" / "bsuite_scores.csv"  # the table to write
-
-
-def train(args: Args, task: str, seed: int) -> list[dict]:
-    """Makes, resumes or only reads one run, and returns its lines of metrics.jsonl."""
-    run_dir = args.runs / f"{args.script}__{task}__{seed}__{args.total_steps}__{args.eval_interval}"
-    metrics = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    if not any(line["step"] == args.total_steps and "eval/return_mean" in line for line in lines):
-        fresh = ["--env-id", task, "--seed", seed, "--total-steps", args.total_steps, "--run-dir", run_dir]
-        fresh += ["--eval-interval", args.eval_interval, "--checkpoint-interval", args.eval_interval]
-        if run_dir.exists():
-            fresh = ["--resume", run_dir]
-        command = [sys.executable, ROOT / f"{args.script}.py", *fresh]
-        if subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL).returncode != 0:
-            sys.exit(f"error: the run {run_dir} failed; call this program again to go on with it")
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return lines
 
 
 def random_return(task: str, episodes: int = 100) -> float:
@@ -65,39 +42,40 @@ def random_return(task: str, episodes: int = 100) -> float:
     return float(np.mean(returns))
 
 
+def summary(task: str, runs: list[list[dict]]) -> str:
+    """A line of the printed table, from the rows of a task's runs."""
+    solved = [[row["step"] for row in run if row["normalized_score"] >= 0.9] for run in runs]
+    last = [run[-1] for run in runs]
+    returns, seconds = [row["return_mean"] for row in last], [row["update_seconds"] for row in last]
+    folder = default_folder(task, 0.0)
+    cells = [
+        task,
+        f"{random_return(task):.2f}",
+        f"{open_dataset(folder).meta['return_mean']:.2f}" if folder.exists() else "",
+        f"{np.mean(returns):.2f} ± {np.std(returns):.2f}",
+        ", ".join(f"{row['normalized_score']:.3f}" for row in last),
+        ", ".join(str(steps[0]) if steps else "never" for steps in solved),
+        "" if None in seconds else f"{np.median(seconds):.0f} s",  # older tables lack it
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def main(args: Args) -> None:
-    rows, summary = [], []
-    for task in tqdm(args.tasks, desc="tasks"):
-        reached, final, speed = [], [], []
-        for seed in tqdm(args.seeds, desc=task, leave=False):
-            lines = train(args, task, seed)
-            scores = [line for line in lines if "eval/return_mean" in line]
-            updates = [line for line in lines if "train/updates_per_second" in line]
-            for line in scores:
-                values = {name.removeprefix("eval/"): value for name, value in line.items()}
-                rows.append({"script": args.script, "task": task, "seed": seed, **values})
-            solved = [line["step"] for line in scores if line["eval/normalized_score"] >= 0.9]
-            reached.append(str(solved[0]) if solved else "never")
-            final.append(scores[-1])
-            speed.append(float(np.median([line["train/updates_per_second"] for line in updates])))
-        data = open_dataset(default_folder(task, 0.0)).meta
-        normalised = [line["eval/normalized_score"] for line in final]
-        returns = [line["eval/return_mean"] for line in final]
-        summary.append(
-            f"| {task} | {random_return(task):.2f} | {data['return_mean']:.2f} | "
-            f"{np.mean(returns):.2f} ± {np.std(returns):.2f} | "
-            f"{', '.join(f'{value:.3f}' for value in normalised)} | {', '.join(reached)} | {np.median(speed):.0f} |"
-        )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{args.script}, {args.total_steps} updates, {len(args.seeds)} seeds, {platform.machine()}, see {args.out}\n")
-    print("| task | random play | mean of the data | return (mean ± std over seeds) | normalised score of each seed | "
-          "updates to a score of 0.9 | updates/s |\n| --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
-    print("\n".join(summary))
+    runs = [
+        Run({"script": args.script, "task": task, "seed": seed}, args.script, {"env-id": task, "seed": seed},
+            args.updates, args.evaluations)
+        for task in args.tasks
+        for seed in args.seeds
+    ]  # fmt: skip
+    table = args.results / "bsuite_scores.csv"
+    rows = studies.make_all(runs, args, table, record_if_missing)
+    if args.part is None:
+        print(f"{args.script}, {args.updates} updates, {len(args.seeds)} seeds, see {table}\n")
+        print("| task | random play | mean of the data | return (mean ± std over seeds) | normalised score of each seed | "
+              "updates to a score of 0.9 | time of all updates |\n| --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
+        for task in args.tasks:
+            print(summary(task, list(studies.runs_of([row for row in rows if row["task"] == task]).values())))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    run_program(lambda: main(tyro.cli(Args, description=__doc__)))

@@ -1,29 +1,31 @@
-"""What the studies have in common: many runs of the training scripts, side by side and resumable, and their estimates.
+"""What the studies have in common: many runs of the training scripts, side by side and resumable, their table, estimates.
 
-A program that uses it names its runs; those that are whole are only read, others made or resumed.
+A program names its runs. A run whose rows are whole in a table of --results is taken from there, so that a study goes on
+from its table on any machine; a run that is whole in --runs is read from there; all others are made or resumed.
 """
 
 import csv
+import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 from rliable import library, metrics
 from tqdm import tqdm
 
-from data.dataset import InputError
-from data.runs import has_checkpoint, read_metrics
+from data.dataset import InputError, open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOTSTRAPS = 2000  # resamplings of an interval estimate
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,42 +35,86 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the runs
     part: int | None = None  # with --parts: make only this part of the runs, 0 to parts - 1, and neither table nor figure
     parts: int = 1  # into how many parts the runs are split
-    results: Path = ROOT / "benchmark" / "results"  # where table and figure go
+    workers: int = 1  # runs side by side on this machine, each on cores of its own
+    runs: Path = Path("runs")  # where the runs are kept
+    results: Path = ROOT / "benchmark" / "results"  # where table and figure go; runs in the tables there are not made again
+
+
+class Setting(NamedTuple):
+    """A line of a figure and its place on the x axis (None: a level for the whole axis, or there is no such axis)."""
+
+    method: str
+    x: float | None
+    script: str  # without .py
+    flags: dict[str, Any]  # by name without the dashes; True for a flag without a value
 
 
 class Run(NamedTuple):
-    """One call of a training script. Its flags make it what it is and name its folder."""
+    """One call of a training script. Its flags make it what it is and name it."""
 
-    script: str  # without .py
-    flags: dict[str, object]  # by name without the dashes; True for a flag without a value
+    columns: dict[str, Any]  # what its rows in the table begin with
+    script: str
+    flags: dict[str, Any]
     updates: int
     evaluations: int
 
-    def all_flags(self) -> dict[str, object]:
+    def all_flags(self) -> dict[str, Any]:
         return self.flags | {"total-steps": self.updates, "eval-interval": self.updates // self.evaluations}
 
-    def folder(self, runs: Path) -> Path:
+    def name(self) -> str:
         flags = self.all_flags()
-        return runs / "__".join([self.script, *(f"{name}={flags[name]}" for name in sorted(flags))])
+        return "__".join([self.script, *(f"{name}={flags[name]}" for name in sorted(flags))])
+
+    def is_whole(self, evaluations: list[dict]) -> bool:
+        """Whether these are all its evaluations, in order."""
+        interval = self.updates // self.evaluations
+        steps = sorted({*range(interval, self.updates + 1, interval), self.updates})
+        return [line["step"] for line in evaluations] == steps
+
+
+def part_of(runs: Sequence[Run], args: Args) -> list[Run]:
+    """The runs that --part and --parts name. Raises InputError for impossible numbers, or if there is no run at all."""
+    if args.workers < 1 or any(run.evaluations < 1 or run.updates < run.evaluations for run in runs):
+        raise InputError(
+            "--workers, --evaluations and --updates are at least 1, and no run has more evaluations than updates"
+        )
+    if not runs:
+        raise InputError("there is nothing to run: name at least one seed, and a game or task")
+    if args.part is not None and not 0 <= args.part < args.parts:
+        raise InputError(f"--part is from 0 to --parts - 1, not {args.part}")
+    return list(runs[args.part or 0 :: args.parts if args.part is not None else 1])
+
+
+# ---------------------------------------------------------------------------------------------------------- Making runs
 
 
 def evaluations_of(run_dir: Path) -> list[dict]:
     """The evaluations in a run's metrics.jsonl, each with the seconds that updates had taken by then (interpolated)."""
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    timed = [(line["step"], line["time/update"]) for line in lines if "time/update" in line]
-    steps, seconds = np.array([(0, 0.0), *timed]).T
-    scored = [line for line in lines if "eval/return_mean" in line]
-    return [line | {"update_seconds": float(np.interp(line["step"], steps, seconds))} for line in scored]
+    path, steps, seconds = run_dir / "metrics.jsonl", [0], [0.0]
+    texts = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = [json.loads(text) for text in texts if text.endswith("\n")]  # a killed run may leave half a line
+    for line in lines:
+        if "train/updates_per_second" in line:  # the speed since the line before it
+            seconds.append(seconds[-1] + (line["step"] - steps[-1]) / line["train/updates_per_second"])
+            steps.append(line["step"])
+    return [
+        {name.removeprefix("eval/"): value for name, value in line.items()}
+        | {"update_seconds": float(np.interp(line["step"], steps, seconds))}
+        for line in lines
+        if "eval/return_mean" in line
+    ]
 
 
 def make(run: Run, runs: Path) -> list[dict]:
     """Makes, resumes or only reads one run, and returns its evaluations. Raises InputError if the run fails."""
-    run_dir = run.folder(runs)
-    if not any(line["step"] == run.updates for line in evaluations_of(run_dir)):
+    run_dir = runs / run.name()
+    if not run.is_whole(evaluations_of(run_dir)):
         flags = run.all_flags() | {"run-dir": run_dir, "checkpoint-interval": run.updates // run.evaluations}
         arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value)) if part != "True"]
-        if has_checkpoint(run_dir):
+        if (run_dir / "args.json").exists():
             arguments = ["--resume", str(run_dir)]
+        else:
+            shutil.rmtree(run_dir, ignore_errors=True)  # killed before it began
         # What runs have in common, those that differ only in the seed for instance, is compiled once.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(runs.absolute() / "compiled")}
         environment = cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | dict(os.environ)
@@ -79,10 +125,6 @@ def make(run: Run, runs: Path) -> list[dict]:
     return evaluations_of(run_dir)
 
 
-def available_cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
 def keep_to_cores(free: queue.SimpleQueue[set[int]]) -> None:
     """Binds a worker, and with it the runs that it starts, to a set of cores of its own: two runs that both use both
     cores take twice as long. (Linux; elsewhere they share all cores.)"""
@@ -90,47 +132,84 @@ def keep_to_cores(free: queue.SimpleQueue[set[int]]) -> None:
         os.sched_setaffinity(0, free.get())
 
 
-def make_all(runs: Sequence[Run], folder: Path, workers: int, title: str) -> list[list[dict]]:
-    """The evaluations of all runs, in their order. workers: runs side by side, each on cores of its own.
+def make_all(runs: Sequence[Run], args: Args, table: Path, find_dataset: Callable[[str, float], Path]) -> list[dict]:
+    """The rows of all runs, in their order. They are in `table` too, a run's as soon as it is whole; with --part in none.
 
-    Raises InputError if a run fails, after those beside it.
+    find_dataset(env_id, noise): the folder of a run's dataset, recorded if it is missing. Raises InputError if it has no
+    returns to normalise scores by, or if a run fails, after those beside it.
     """
-    if workers < 1 or any(run.evaluations < 1 or run.updates < run.evaluations for run in runs):
-        raise InputError(
-            "--workers, --evaluations and --updates are at least 1, and no run has more evaluations than updates"
-        )
-    cores, free = available_cores(), queue.SimpleQueue[set[int]]()
-    for worker in range(workers):
-        free.put(set(cores[worker::workers] or [cores[worker % len(cores)]]))
-    results: dict[int, list[dict]] = {}
-    with ThreadPoolExecutor(workers, initializer=keep_to_cores, initargs=(free,)) as pool:
-        futures = {pool.submit(make, run, folder): i for i, run in enumerate(runs)}
+    runs = part_of(runs, args)
+    known, before = read_tables(args.results), read_table(table)
+    done = {name: lines for run in runs if (name := run.name()) in known and run.is_whole(lines := known[name])}
+    missing = [run for run in runs if run.name() not in done]
+    print(f"{table.stem}: of {len(runs)} runs {len(done)} are in the tables of {args.results}", flush=True)
+    for dataset in sorted({(run.flags["env-id"], run.flags.get("noise", 0.0)) for run in missing}):
+        folder = find_dataset(*dataset)
+        if "reference_returns" not in open_dataset(folder).meta:
+            raise InputError(f"{folder} has no reference_returns in its meta.json to normalise scores by: record it again")
+
+    def rows() -> list[dict]:
+        """Of the runs that are whole, in the order of the runs."""
+        made = ((run, line) for run in runs for line in done.get(run.name(), ()))
+        return [run.columns | line | {"run": run.name()} for run, line in made]
+
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    free = queue.SimpleQueue[set[int]]()
+    for worker in range(args.workers):
+        free.put(set(cores[worker :: args.workers] or [cores[worker % len(cores)]]))
+    with ThreadPoolExecutor(args.workers, initializer=keep_to_cores, initargs=(free,)) as pool:
+        futures = {pool.submit(make, run, args.runs): run for run in missing}
         try:
-            for future in tqdm(as_completed(futures), total=len(runs), desc=title, unit="run"):
-                results[futures[future]] = future.result()
+            for future in tqdm(as_completed(futures), total=len(missing), desc=table.stem, unit="run", disable=not missing):
+                done[futures[future].name()] = future.result()
+                if args.part is None:
+                    write_table(table, before, rows())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # what is running goes on to its end, or gets the interrupt too
             raise
-    return [results[i] for i in range(len(runs))]
-
-
-def part_of(items: list[Item], args: Args) -> list[Item]:
-    """The part of the runs that --part and --parts name. Raises InputError if there is no such part, or no run at all."""
-    if not items:
-        raise InputError("there is nothing to run: name at least one seed, and a game or task")
     if args.part is None:
-        return items
-    if not 0 <= args.part < args.parts:
-        raise InputError(f"--part is from 0 to --parts - 1, not {args.part}")
-    return items[args.part :: args.parts]
+        write_table(table, before, rows())
+    return rows()
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
+# --------------------------------------------------------------------------------------------------------------- Tables
+
+
+def read_tables(folder: Path) -> dict[str, list[dict]]:
+    """The evaluations in all tables of a folder, in order, by the name of their run."""
+    runs: dict[str, dict[int, dict]] = {}
+    for path in sorted(folder.glob("*.csv")):
+        for row in read_table(path):
+            evaluation = list(row)[list(row).index("step") : -1]  # what comes before tells of which run it is
+            numbers = {name: json.loads(row[name] or "null") for name in evaluation}
+            runs.setdefault(row["run"], {})[numbers["step"]] = numbers
+    return {name: [evaluations[step] for step in sorted(evaluations)] for name, evaluations in runs.items()}
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table that was written here; none of another one, or if there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if "run" in row]
+
+
+def write_table(path: Path, before: list[dict], rows: list[dict]) -> None:
+    """Writes the rows and those of other runs that the table held before, each run in its place, new ones last. The file
+    is whole at any moment."""
+    named = {row["run"] for row in rows}
+    place = {run: i for i, run in enumerate(dict.fromkeys(row["run"] for row in before + rows))}
+    rows = sorted([row for row in before if row["run"] not in named] + rows, key=lambda row: place[row["run"]])
+    names = dict.fromkeys(name for row in rows for name in row if name != "run")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+    with path.with_suffix(".new").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*names, "run"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    path.with_suffix(".new").rename(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ Estimates
 
 
 def interval_estimates(scores: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
@@ -150,9 +229,54 @@ def final_score(evaluations: list[dict]) -> float:
     return float(np.mean([row["normalized_score"] for row in in_order[-(max(1, len(in_order) // 2)) :]]))
 
 
-def runs_of(rows: list[dict], keep: Callable[[dict], bool]) -> dict[tuple[str, int], list[dict]]:
-    """The rows of a table that are kept, by task and seed."""
+def runs_of(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
+    """The rows of one setting by task and seed."""
     runs: dict[tuple[str, int], list[dict]] = {}
-    for row in filter(keep, rows):
+    for row in rows:
         runs.setdefault((row["task"], row["seed"]), []).append(row)
     return runs
+
+
+def scores_of(rows: list[dict], tasks: Sequence[str], value: Callable[[list[dict]], float] = final_score) -> np.ndarray:
+    """One number a run, [seeds, tasks], from the rows of one setting."""
+    runs = runs_of(rows)
+    return np.array([[value(runs[task, seed]) for task in tasks] for seed in sorted({seed for _, seed in runs})])
+
+
+def draw(rows: list[dict], tasks: Sequence[str], label: str, path: Path) -> dict[str, np.ndarray]:
+    """Draws the runs' scores with their intervals against x, a panel for all tasks together and one for each.
+
+    Returns the estimates [places, 3] of the first panel by method.
+    """
+    panels = {"all": tasks} | {task: (task,) for task in tasks}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    places = sorted({row["x"] for row in rows if row["x"] is not None})
+    drawn: dict[str, np.ndarray] = {}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True, layout="constrained")
+    for axis, (title, some) in zip(axes, panels.items(), strict=True):
+        for i, method in enumerate(methods):
+            mine = [row for row in rows if row["method"] == method]
+            xs = [x for x in places if any(row["x"] == x for row in mine)]
+            scores = {str(x): scores_of([row for row in mine if row["x"] == x], some) for x in xs or [None]}
+            estimates = np.array(list(interval_estimates(scores).values()))
+            drawn.setdefault(method, estimates)
+            middle, low, high = estimates.T
+            if xs:
+                beside = np.array(xs) * 1.03 ** (i - (len(methods) - 1) / 2)  # so that intervals do not cover each other
+                error = (middle - low, high - middle)
+                axis.errorbar(beside, middle, error, color=f"C{i}", marker="o", capsize=3, label=method)
+            else:  # a level to compare with
+                axis.axhline(middle[0], color=f"C{i}", linestyle="--", label=method)
+                axis.axhspan(low[0], high[0], color=f"C{i}", alpha=0.15, linewidth=0)
+        if places[0] > 0:
+            axis.set_xscale("log")
+        axis.set_xticks(places, [f"{x:g}" for x in places])
+        axis.minorticks_off()
+        axis.set_title(title)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("normalised score (IQM, 95 % interval)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return drawn

@@ -1,9 +1,9 @@
 """Updates per second of a training script, compile time apart, and what the rest of its time goes to.
 
-    python benchmark/throughput.py rosmo_bsuite --env-id catch
-    python benchmark/throughput.py muzero_unplugged_bsuite --env-id cartpole --batch-size 256 --cpu-devices 1
-    python benchmark/throughput.py rosmo_atari --env-id Breakout --batch-size 16
-    python benchmark/throughput.py rosmo_atari --env-id Breakout --memory     # compile only: operations and memory
+    python -m benchmark.throughput rosmo_bsuite --env-id catch
+    python -m benchmark.throughput muzero_unplugged_bsuite --env-id cartpole --batch-size 256 --cpu-devices 1
+    python -m benchmark.throughput rosmo_atari --env-id Breakout --batch-size 16
+    python -m benchmark.throughput rosmo_atari --env-id Breakout --memory     # compile only: operations and memory
 
 What follows the script's name are its own flags. Every figure is the median of REPEATS timings in one process, with the
 smallest and the largest; quote the median. Peak memory is that of the whole process.
@@ -15,17 +15,15 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.dataset import InputError
-from data.runs import parse_args, run_program, use_devices
+from benchmark.studies import ROOT
+from data.dataset import InputError, run_program
 
-ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 9
 BSUITE_UPDATES = 200  # per timing, in calls of --updates-per-call as in training
 ATARI_SECONDS = 3.0  # about, per timing
@@ -45,11 +43,6 @@ def spread(values: list[float], unit: str) -> str:
 def report(rows: dict[str, str]) -> None:
     for name, value in rows.items():
         print(f"{name:20} {value}", flush=True)
-
-
-def describe_machine(args: Any, steps: int) -> None:
-    print(f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print(f"{steps} steps, batch {args.batch_size}, {args.compute_dtype}")
 
 
 def peak_memory() -> str:
@@ -79,64 +72,47 @@ def model_share_of_search(script: Any, params: Any, observation: jax.Array, mode
     return seconds[0] / seconds[1]
 
 
-def bsuite(script: Any, args: Any) -> None:
+def bsuite(script: Any, args: Any, model: Any, shape: tuple[int, ...]) -> None:
     """Labels of the dataset and compiled loops of updates."""
-    from data.record_bsuite import make_environment
-
-    environment = make_environment(args.env_id, args.seed, args.noise)
-    model = script.Model(environment.action_spec().num_values, args)
-    dataset = script.load_dataset(args)
-    data = jax.device_put(script.Steps(*(getattr(dataset, field) for field in script.Steps._fields)), script.sharding())
-    state = script.init_state(environment.observation_spec().shape, model)
+    dataset, rows, meta = script.load_dataset(args, shape, model.num_actions)
+    data = jax.device_put(jax.tree.map(lambda x: x[rows], dataset), script.sharding())
+    state = script.init_state(shape, model)
 
     start = time.perf_counter()
     labels = jax.block_until_ready(script.label_dataset(state, data.observation, model))
     compiled = script.update_many.lower(state, np.int32(0), data, labels, model).compile()
     compile_seconds = time.perf_counter() - start
 
-    @jax.jit
-    def sample_only(key: jax.Array, data: Any, labels: Any) -> jax.Array:
-        """Draws the windows of BSUITE_UPDATES updates and reads every number of them."""
-
-        def body(i: jax.Array, total: jax.Array) -> jax.Array:
-            index = script.sample_windows(jax.random.fold_in(key, i), len(data.action), args)
-            rows = (jnp.sum(x[index].reshape(args.batch_size, -1), axis=1) for x in jax.tree.leaves((data, labels)))
-            return total + jnp.sum(sum(rows, start=jnp.zeros(args.batch_size)))  # devices exchange one number
-
-        return jax.lax.fori_loop(0, BSUITE_UPDATES, body, jnp.float32(0))
-
-    jax.block_until_ready(sample_only(state.key, data, labels))
     state, _ = compiled(state, np.int32(BSUITE_UPDATES), data, labels)
-    script.evaluate(state, model)
-    update_ms, label_ms, sample_ms, evaluation_s = [], [], [], []
+    script.evaluate(state, model, meta)
+    calls = max(1, BSUITE_UPDATES // args.updates_per_call)
+    update_ms, label_ms, evaluation_s = [], [], []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        for _ in range(BSUITE_UPDATES // args.updates_per_call):
+        for _ in range(calls):
             state, metrics = compiled(state, np.int32(args.updates_per_call), data, labels)
             jax.tree.map(float, metrics)
-        updates = BSUITE_UPDATES // args.updates_per_call * args.updates_per_call
-        update_ms.append((time.perf_counter() - start) / updates * 1e3)
+        update_ms.append((time.perf_counter() - start) / (calls * args.updates_per_call) * 1e3)
         label_ms.append(timed(script.label_dataset, state, data.observation, model) * 1e3 / args.target_update_interval)
-        sample_ms.append(timed(sample_only, state.key, data, labels) / BSUITE_UPDATES * 1e3)
-        evaluation_s.append(timed(script.evaluate, state, model))
+        evaluation_s.append(timed(script.evaluate, state, model, meta))
     total_ms = [update + label for update, label in zip(update_ms, label_ms, strict=True)]
     evaluation_ms = np.median(evaluation_s) * 1e3 / args.eval_interval
-    describe_machine(args, len(data.action))
+    share = 100 * evaluation_ms / (np.median(total_ms) + evaluation_ms)
     report(
         {
+            "steps of data": f"{len(rows)}",
             "compilation": f"{compile_seconds:.1f} s",
             "updates per second": spread([1e3 / ms for ms in total_ms], ""),
             "one update": spread(total_ms, "ms"),
             "of it labelling": spread(label_ms, "ms"),
-            "of it sampling": spread(sample_ms, "ms"),
             "one evaluation": f"{spread(evaluation_s, 's')}, {args.eval_episodes} episodes, "
-            f"{100 * evaluation_ms / (np.median(total_ms) + evaluation_ms):.1f} % of the time at --eval-interval",
+            f"{share:.1f} % of the time at --eval-interval",
             "peak memory": peak_memory(),
         }
     )
     if hasattr(script, "search"):
         share = model_share_of_search(script, state.params, data.observation[:1024], model)
-        report({"model in a search": f"{100 * share:.0f} % of the time of 1,024 roots"})
+        report({"model in a search": f"{100 * share:.0f} % of the time of {min(1024, len(rows)):,} roots"})
 
 
 def matrix_product_speed(dtype: str) -> float:
@@ -149,22 +125,19 @@ def matrix_product_speed(dtype: str) -> float:
     return 2 * size**3 / min(timed(product, x) for _ in range(5)) * devices
 
 
-def atari(script: Any, args: Any, memory_only: bool) -> None:
+def atari(script: Any, args: Any, model: Any, memory_only: bool) -> None:
     """Single updates on batches of windows."""
-    from data.atari import num_actions
-
-    model = script.Model(num_actions(args.env_id), args)
     state = script.init_state((84, 84, 4), model)
-    dataset = script.load_dataset(args)
-    batches = script.batches(dataset, state.key, 0, args)
+    data, rows, _ = script.load_dataset(args, (84, 84), model.num_actions)
+    batches = script.batches(data, rows, state.key, 0, args)
     batch = next(batches)
     start = time.perf_counter()
     compiled = script.update_windows.lower(state, batch, model).compile()
     compile_seconds = time.perf_counter() - start
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    describe_machine(args, len(dataset.action))
     report(
         {
+            "steps of data": f"{len(rows)}",
             "compilation": f"{compile_seconds:.1f} s",
             "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.3f} million",
             "temporary memory": f"{memory.temp_size_in_bytes / 2**30:.2f} GiB a device, by the compiler",
@@ -173,9 +146,8 @@ def atari(script: Any, args: Any, memory_only: bool) -> None:
     if memory_only:
         return
     state, _ = compiled(state, batch)
-    seconds = timed(lambda: compiled(jax.tree.map(jnp.copy, state), batch))
-    count = max(1, round(ATARI_SECONDS / seconds))
-    update_s, read_s = [], []
+    count = max(1, round(ATARI_SECONDS / timed(lambda: compiled(jax.tree.map(jnp.copy, state), batch))))
+    update_s = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         for _ in range(count):
@@ -183,41 +155,42 @@ def atari(script: Any, args: Any, memory_only: bool) -> None:
             batch = next(batches)
             jax.tree.map(float, metrics)
         update_s.append((time.perf_counter() - start) / count)
-    from_host = script.batches(dataset, state.key, 0, args)
+    from_host = script.batches(data, rows, state.key, 0, args)
     for _ in range(8):  # those that were read ahead
         next(from_host)
-    for _ in range(REPEATS):
-        read_s.append(timed(lambda: next(from_host)))
-    speed = matrix_product_speed(args.compute_dtype)
-    flops = cost.get("flops", float("nan")) * jax.device_count()
-    rows = {
+    read_s = [timed(lambda: next(from_host)) for _ in range(REPEATS)]
+    results = {
         "updates per second": spread([1 / seconds for seconds in update_s], ""),
         "one update": spread([1e3 * seconds for seconds in update_s], "ms"),
         "reading a batch": spread([1e3 * seconds for seconds in read_s], "ms"),
     }
     if not hasattr(script, "search"):  # of a search's simulations the compiler counts one
-        rows["operations"] = f"{flops / 1e9:.1f} GFLOP an update, by the compiler"
-        share = 100 * flops / np.median(update_s) / speed
-        rows["speed"] = (
-            f"{flops / np.median(update_s) / 1e9:.0f} GFLOP/s, {share:.0f} % of a large matrix product's {speed / 1e9:.0f}"
-        )
-    report(rows | {"peak memory": peak_memory()})
+        flops, most = cost.get("flops", float("nan")) * jax.device_count(), matrix_product_speed(args.compute_dtype)
+        speed = flops / np.median(update_s)
+        share = f"{100 * speed / most:.0f} % of a large matrix product's {most / 1e9:.0f}"
+        results["operations"] = f"{flops / 1e9:.1f} GFLOP an update, by the compiler"
+        results["speed"] = f"{speed / 1e9:.0f} GFLOP/s, {share}"
+    report(results | {"peak memory": peak_memory()})
 
 
-def main(name: str, flags: list[str]) -> int:
+def main(name: str, flags: list[str]) -> None:
     if not (ROOT / f"{name}.py").exists():
         raise InputError(f"there is no script {name}.py in {ROOT}")
     script: Any = importlib.import_module(name)
-    memory_only = "--memory" in flags
-    flags = [flag for flag in flags if flag != "--memory"]
-    args = parse_args(script.Args, Path(script.__file__), f"{name}'s flags", flags)
-    use_devices(args.batch_size, args.cpu_devices)
-    print(f"{name} {' '.join(flags)}")
-    if hasattr(script, "label_dataset"):
-        bsuite(script, args)
-    else:
-        atari(script, args, memory_only)
-    return 0
+    own = [flag for flag in flags if flag != "--memory"]
+    try:
+        args = script.parse_args(own)
+        script.use_devices(args)
+        environment = script.make_environments(args.env_id, [args.seed])
+        model = script.Model(int(environment.single_action_space.n), args)
+        print(f"{name} {' '.join(own)}\nbatch {args.batch_size}, {args.compute_dtype}, {platform.machine()}, ", end="")
+        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
+        if hasattr(script, "label_dataset"):
+            bsuite(script, args, model, environment.single_observation_space.shape)
+        else:
+            atari(script, args, model, memory_only=own != flags)
+    except script.InputError as error:
+        raise InputError(str(error)) from None
 
 
 if __name__ == "__main__":

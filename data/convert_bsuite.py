@@ -1,6 +1,8 @@
 """Converts a BSuite dataset that TensorFlow Datasets prepared, such as the paper's own (RLDS), without TensorFlow.
 
     python -m data.convert_bsuite --source DIR --env-id catch --noise 0.1
+
+TensorFlow Datasets shuffles episodes on disk; their order in time is that of episode_id.
 """
 
 from dataclasses import dataclass
@@ -8,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data.dataset import InputError, write_dataset
-from data.record_bsuite import default_folder, make_environment
-from data.runs import run_program
+from data.dataset import InputError, run_program, write_dataset
+from data.record_bsuite import REFERENCE_RETURNS, default_folder, make_environment
+from data.source import Episode
 
 
 @dataclass(frozen=True)
@@ -29,44 +30,36 @@ def convert(source: Path, env_id: str, noise: float = 0.0, out: Path | None = No
 
     Raises InputError for damaged files and for data that are not of this task; then nothing is left behind.
     """
-    from data.tfrecords import find_prepared, read_example, read_records, step_array
+    from data.tfrecords import find_prepared, read_example, read_records, step_arrays
 
     environment = make_environment(env_id, seed=0, noise=noise)
-    shape, num_actions = environment.observation_spec().shape, environment.action_spec().num_values
     features, files = find_prepared(source)
     out = default_folder(env_id, noise) if out is None else out
-    meta = {"benchmark": "bsuite", "env_id": env_id, "num_actions": num_actions, "noise": noise}
-    meta["source"] = f"TensorFlow Datasets, {len(files)} files of {files[0].parent.parent.name}"
-    episodes: list[tuple[int, int, dict[str, NDArray]]] = []
+    episodes: list[tuple[int, Episode]] = []
     for file in tqdm(files, unit="file", desc=f"reading {source}"):
         for index, record in enumerate(read_records(file)):
             where = f"{file}, episode {index}"
             example = read_example(record, where)
-            names = ("observation", "action", "reward", "is_first", "is_last", "is_terminal")
-            steps = {name: step_array(example, name, features, where) for name in names}
-            length = len(steps["action"])
-            if steps["observation"].shape != (length, *shape) or {len(array) for array in steps.values()} != {length}:
+            steps = step_arrays(example, ("observation", "action", "reward"), features, where)
+            if steps["observation"].shape[1:] != environment.observation_spec().shape:
                 raise InputError(f"{where}: observations {steps['observation'].shape} are not those of {env_id}")
-            flags = [np.flatnonzero(steps[name]).tolist() for name in ("is_first", "is_last")]
-            if length < 2 or flags != [[0], [length - 1]]:
-                raise InputError(f"{where}: is_first and is_last do not mark one whole episode")
-            if steps["action"].min() < 0 or steps["action"].max() >= num_actions:
-                raise InputError(f"{where}: an action is outside 0 to {num_actions - 1}")
             try:
                 time = int(example["episode_id"][0])  # a number, or its digits
             except (KeyError, ValueError):
                 time = len(episodes)
-            episodes.append((time, len(episodes), steps))
-    with write_dataset(out, **meta) as writer:
-        # TensorFlow Datasets shuffles episodes on disk; episode_id has their order in time.
-        for _, _, steps in sorted(episodes, key=lambda episode: episode[:2]):
-            observation = steps["observation"].astype(np.float32)
-            terminal = bool(steps["is_terminal"][-1])
-            writer.add_episode(observation, steps["action"][:-1], steps["reward"][:-1], terminal)
+            observation, terminal = steps["observation"].astype(np.float32), bool(steps["is_terminal"][-1])
+            episode = Episode(where, observation, steps["action"][:-1], steps["reward"][:-1], terminal)
+            episodes.append((time, episode))
+    with write_dataset(
+        out, benchmark="bsuite", env_id=env_id, num_actions=environment.action_spec().num_values, noise=noise,
+        source=f"TensorFlow Datasets, {len(files)} files of {files[0].parent.parent.name}",
+        reference_returns=REFERENCE_RETURNS[env_id],
+    ) as writer:  # fmt: skip
+        for _, episode in sorted(episodes, key=lambda each: each[0]):
+            episode.add_to(writer)
     print(writer.summary(out))
     return out
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    run_program(lambda: int(convert(args.source, args.env_id, args.noise, args.out) is None))
+    run_program(lambda: convert(**vars(tyro.cli(Args, description=__doc__))))

@@ -13,10 +13,13 @@ action and reward are 0. is_terminal marks the ends where the value is 0, as opp
 import errno
 import fcntl
 import json
+import operator
 import os
 import shutil
+import signal
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,28 +36,10 @@ class InputError(Exception):
     """Something that the person at the keyboard can put right, in one sentence: programs print it and exit with 2."""
 
 
-class Rows:
-    """Some rows of an array that stays where it is, on disk for instance; indexing reads the rows asked for."""
-
-    def __init__(self, array: Any, rows: NDArray):
-        self._array, self._rows = array, rows
-        self.shape, self.dtype = (len(rows), *array.shape[1:]), array.dtype
-        self.nbytes = array.nbytes // max(1, len(array)) * len(rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> NDArray:
-        return self._array[self._rows[index]]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
-        return np.asarray(self[:], dtype)
-
-
 class Dataset(NamedTuple):
-    """N steps in time order; arrays are NumPy arrays, memory-mapped when they come from open_dataset."""
+    """N steps in time order; the arrays are memory-mapped."""
 
-    observation: NDArray | Rows  # [N, ...] float32 or uint8
+    observation: NDArray  # [N, ...] float32 or uint8
     action: NDArray  # [N] int32
     reward: NDArray  # [N] float32
     is_first: NDArray  # [N] bool
@@ -64,29 +49,32 @@ class Dataset(NamedTuple):
     path: Path  # its folder
 
 
-def on_disk(folder: Path) -> Path:
-    """The innermost of a folder's parents that exists, or the folder itself."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+# ------------------------------------------------------------------------------------------------------------- Writing
 
 
-def check_disk(folder: Path, need: float, hint: str) -> str:
-    """One line on what is needed and what is free.
+def summarize(returns: Sequence[float]) -> dict[str, float]:
+    """How many episodes there are, and their returns: mean, range, and the means of the first and of the last tenth."""
+    if not returns:
+        return {"episodes": 0}
+    tenth = max(1, len(returns) // 10)
+    first, last = float(np.mean(returns[:tenth])), float(np.mean(returns[-tenth:]))
+    summary = {"episodes": len(returns), "mean": float(np.mean(returns)), "min": min(returns), "max": max(returns)}
+    return summary | {"mean_first_tenth": first, "mean_last_tenth": last}
 
-    Raises InputError, ending in `hint`, if `need` bytes do not fit into `folder`, which need not exist.
-    """
-    free = shutil.disk_usage(on_disk(folder)).free
-    sizes = f"about {need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there"
-    if need > free:
-        raise InputError(f"{folder} needs {sizes}: {hint}")
-    return f"{folder} needs {sizes}"
+
+def describe(returns: Sequence[float]) -> str:
+    """The same in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in summarize(returns).items())
 
 
 class DatasetWriter:
     """Appends episodes to a folder that write_dataset made; memory holds one episode at a time."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, num_actions: int):
         self.returns: list[float] = []
         self.steps = 0
+        self.meta: dict[str, Any] = {}  # what else meta.json has to say, if it is known only at the end
+        self._num_actions = num_actions
         self._files = {field: (folder / f"{field}.npy").open("wb") for field in FIELDS}
         self._observation_type: tuple[np.dtype, tuple[int, ...]] | None = None
 
@@ -94,7 +82,8 @@ class DatasetWriter:
         """Appends one episode of L + 1 observations [L + 1, ...], L >= 1 actions [L] and L rewards [L].
 
         terminal: whether the value after the last observation is 0 (otherwise the episode was cut off).
-        Raises InputError where the lengths do not fit each other or the observations those of earlier episodes.
+        Raises InputError where the lengths do not fit each other or the observations those of earlier episodes, where an
+        action is out of range, or a number not finite.
         """
         length = len(action)
         if length < 1 or len(observation) != length + 1 or len(reward) != length:
@@ -102,8 +91,11 @@ class DatasetWriter:
                 f"an episode needs one observation more than actions and rewards, "
                 f"but it has {len(observation)}, {length} and {len(reward)}"
             )
+        if np.min(action) < 0 or np.max(action) >= self._num_actions:
+            wrong = np.min(action) if np.min(action) < 0 else np.max(action)
+            raise InputError(f"actions are from 0 to {self._num_actions - 1}, but here is {wrong}")
         if not np.isfinite(reward).all() or (observation.dtype == np.float32 and not np.isfinite(observation).all()):
-            raise InputError(f"episode {len(self.returns)} has a reward or an observation that is not finite")
+            raise InputError("a reward or an observation is not finite")
         observation_type = (observation.dtype, observation.shape[1:])
         if self._observation_type is None:
             self._observation_type = observation_type
@@ -128,31 +120,25 @@ class DatasetWriter:
         """Writes the .npy header; its size is the same for any number of steps, so that finish can write it again."""
         assert self._observation_type is not None
         dtype, shape = self._observation_type if field == "observation" else (np.dtype(DTYPES[field]), ())
-        header = {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": False,
-            "shape": (self.steps, *shape),
-        }
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (self.steps, *shape)}
         np.lib.format.write_array_header_1_0(self._files[field], header)
 
     def finish(self) -> None:
         """Writes the true lengths and forces every file to disk. Raises InputError if there is no episode."""
-        if not self.returns:
+        if self._observation_type is None:
             raise InputError("there is no episode to write")
         for field, file in self._files.items():
             file.seek(0)
             self._write_header(field)
             file.flush()
             os.fsync(file.fileno())
+        returns = summarize(self.returns)
+        self.meta |= {"observation_shape": list(self._observation_type[1]), "steps": self.steps}
+        self.meta |= {"episodes": returns.pop("episodes"), **{f"return_{name}": value for name, value in returns.items()}}
 
     def summary(self, path: Path) -> str:
         """One line on what was written."""
-        tenth = max(1, len(self.returns) // 10)
-        first, last = np.mean(self.returns[:tenth]), np.mean(self.returns[-tenth:])
-        return (
-            f"{path}: {len(self.returns)} episodes, {self.steps} steps, mean return {np.mean(self.returns):.3f} "
-            f"(first tenth {first:.3f}, last tenth {last:.3f})"
-        )
+        return f"{path}: {self.steps} steps; returns: {describe(self.returns)}"
 
     def close(self) -> None:
         for file in self._files.values():
@@ -178,12 +164,13 @@ def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def write_dataset(path: Path, **meta: Any) -> Iterator[DatasetWriter]:
+def write_dataset(path: Path, *, env_id: str, num_actions: int, **meta: Any) -> Iterator[DatasetWriter]:
     """Makes the dataset folder `path`, whole when the block ends, or not at all.
 
     The files are written beside `path` and renamed at the end. What a killed program left there is removed first.
-    meta: benchmark, env_id, num_actions and whatever tells where the steps come from; steps, episodes and returns are
-    added. Raises InputError if `path` exists, nothing was added, or the disk is full.
+    meta: benchmark, reference_returns where they are known, {"random": ..., "online_dqn": ...}, and whatever tells where
+    the steps come from; what is None is left out. steps, episodes, returns and observation_shape are added. Raises
+    InputError if `path` exists, nothing was added, or the disk is full.
     """
     path = Path(path)
     if path.exists():
@@ -198,22 +185,12 @@ def write_dataset(path: Path, **meta: Any) -> Iterator[DatasetWriter]:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
         lock = ExitStack()
         lock.enter_context(_locked(folder))
-    writer = DatasetWriter(folder)
+    writer = DatasetWriter(folder, num_actions)
     try:
         yield writer
         writer.finish()
-        tenth = max(1, len(writer.returns) // 10)
-        meta = {
-            "format_version": FORMAT_VERSION,
-            **meta,
-            "steps": writer.steps,
-            "episodes": len(writer.returns),
-            "return_mean": float(np.mean(writer.returns)),
-            "return_min": min(writer.returns),
-            "return_max": max(writer.returns),
-            "return_mean_first_tenth": float(np.mean(writer.returns[:tenth])),
-            "return_mean_last_tenth": float(np.mean(writer.returns[-tenth:])),
-        }
+        meta = {"format_version": FORMAT_VERSION, "env_id": env_id, "num_actions": num_actions, **meta, **writer.meta}
+        meta = {name: value for name, value in meta.items() if value is not None}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         folder.chmod(0o755)
         folder.rename(path)
@@ -230,65 +207,112 @@ def write_dataset(path: Path, **meta: Any) -> Iterator[DatasetWriter]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# --------------------------------------------------------------------------------------------------------------- Reading
+
+
 def open_dataset(path: Path) -> Dataset:
     """Opens a dataset folder, memory-mapped, and checks lengths, dtypes, ranges and flags.
 
     Raises InputError, naming the file, where something is missing, damaged or does not fit the format.
     """
-    path = Path(path)
+    path, arrays = Path(path), {}
     if not path.is_dir():
         raise InputError(f"there is no dataset folder {path}")
+    file = path / "meta.json"
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        expected = {key: meta[key] for key in ("format_version", "env_id", "num_actions", "steps", "episodes")}
-        if not all(isinstance(value, str if key == "env_id" else int) for key, value in expected.items()):
-            raise ValueError(f"of {expected} only env_id is a name")
-    except FileNotFoundError:
-        raise InputError(f"{path} is not a dataset: it has no meta.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path / 'meta.json'} is damaged: {error!r}") from None
-    if expected["format_version"] != FORMAT_VERSION:
-        raise InputError(f"{path} has format version {expected['format_version']}, not {FORMAT_VERSION}")
-
-    arrays: dict[str, NDArray] = {}
-    is_atari = meta.get("benchmark") == "atari"
-    for field in FIELDS:
-        file = path / f"{field}.npy"
-        try:
-            arrays[field] = np.load(file, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise InputError(f"{path} is not a dataset: it has no {file.name}") from None
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{file} is damaged or cut short: {error}") from None
-        dtypes = (DTYPES[field],) if field != "observation" else (np.uint8,) if is_atari else (np.float32, np.uint8)
-        if arrays[field].dtype not in dtypes:
-            raise InputError(f"{file} holds {arrays[field].dtype}, not {' or '.join(d.__name__ for d in dtypes)}")
-        shape = arrays[field].shape
-        if shape[:1] != (expected["steps"],) or (field != "observation" and len(shape) != 1) or not shape[0]:
-            raise InputError(f"{file} has shape {shape}, but meta.json says {expected['steps']} steps")
-
+        meta = json.loads(file.read_text())
+        steps, episodes, num_actions = (operator.index(meta[name]) for name in ("steps", "episodes", "num_actions"))
+        frames = (np.uint8,) if meta.get("benchmark") == "atari" else (np.float32, np.uint8)
+        for field in FIELDS:
+            file = path / f"{field}.npy"
+            x = arrays[field] = np.load(file, mmap_mode="r")
+            dtypes = (DTYPES[field],) if field in DTYPES else frames
+            if x.dtype not in dtypes or not 0 < len(x) == steps or (field in DTYPES and x.ndim > 1):
+                raise ValueError(f"it holds {x.dtype} {x.shape}, and meta.json says {steps} steps")
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is missing, damaged or cut short: {error!r}") from None
     data = Dataset(**arrays, meta=meta, path=path)
+    is_first, is_last, shape = data.is_first, data.is_last, list(data.observation.shape[1:])
     floats = [data.reward] + ([data.observation] if data.observation.dtype == np.float32 else [])
-    faults = {
-        "is_first.npy and is_last.npy do not mark whole episodes": not (
-            data.is_first[0] and data.is_last[-1] and np.array_equal(data.is_first[1:], data.is_last[:-1])
-        ),
-        "is_first.npy does not mark as many episodes as meta.json says": data.is_first.sum() != expected["episodes"],
-        "is_terminal.npy marks a step that is not an episode's last": bool(np.any(data.is_terminal & ~data.is_last)),
-        f"action.npy holds an action outside 0 to {expected['num_actions'] - 1}": not (
-            data.action.min() >= 0 and data.action.max() < expected["num_actions"]
-        ),
-        "action.npy or reward.npy is not 0 at an episode's last step": bool(
-            np.any(data.action[data.is_last]) or np.any(data.reward[data.is_last])
-        ),
-        "reward.npy or observation.npy holds a number that is not finite": not all(
-            np.isfinite(values).all() for values in floats
-        ),
-    }
-    for fault, found in faults.items():
-        if found:
+    for wrong, fault in (
+        (meta.get("format_version") != FORMAT_VERSION, f"its format version is not {FORMAT_VERSION}"),
+        (not isinstance(meta.get("env_id"), str), "meta.json names no env_id"),
+        (meta.get("observation_shape", shape) != shape, f"observations are {shape}, and meta.json says otherwise"),
+        (not is_first[0] or (is_first != np.roll(is_last, 1)).any(), "is_first and is_last do not mark whole episodes"),
+        (is_first.sum() != episodes, f"is_first does not mark {episodes} episodes, as meta.json says"),
+        ((data.is_terminal & ~is_last).any(), "is_terminal marks a step that is not an episode's last"),
+        (data.action.min() < 0 or data.action.max() >= num_actions, f"an action is outside 0 to {num_actions - 1}"),
+        (data.action[is_last].any() or data.reward[is_last].any(), "an episode's last step has an action or a reward"),
+        (not all(np.isfinite(x).all() for x in floats), "a reward or an observation is not finite"),
+    ):
+        if wrong:
             raise InputError(f"{path} is damaged: {fault}")
     return data
+
+
+# -------------------------------------------------------------------------------------------------------------- Programs
+
+
+def on_disk(folder: Path) -> Path:
+    """The innermost of a folder's parents that exists, or the folder itself."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def check_disk(folder: Path, need: float, hint: str) -> str:
+    """One line on what is needed and what is free.
+
+    Raises InputError, ending in `hint`, if `need` bytes do not fit into `folder`, which need not exist.
+    """
+    free = shutil.disk_usage(on_disk(folder)).free
+    sizes = f"about {need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there"
+    if need > free:
+        raise InputError(f"{folder} needs {sizes}: {hint}")
+    return f"{folder} needs {sizes}"
+
+
+def run_program(program: Callable[[], object]) -> None:
+    """Runs a program to its end; what its user can put right becomes one sentence and exit code 2.
+
+    Ctrl-C and SIGTERM end it with 128 + signal, after what is half written has been removed.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        program()
+        return
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except InputError as error:
+        sentence = str(error)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sentence = "the disk is full; what was whole before is still there"
+        elif isinstance(error, PermissionError) and error.filename is not None:
+            sentence = f"{error.filename}: {error.strerror}"
+        else:
+            raise
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+# TO BE REMOVED
+
+
+class Rows:
+    """Some rows of an array that stays where it is, on disk for instance; indexing reads the rows asked for."""
+
+    def __init__(self, array: Any, rows: NDArray):
+        self._array, self._rows = array, rows
+        self.shape, self.dtype = (len(rows), *array.shape[1:]), array.dtype
+        self.nbytes = array.nbytes // max(1, len(array)) * len(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> NDArray:
+        return self._array[self._rows[index]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
+        return np.asarray(self[:], dtype)
 
 
 def check_fit(data: Dataset, env_id: str, num_actions: int, shape: tuple[int, ...], window: int, batch_size: int) -> None:
@@ -319,5 +343,5 @@ def keep_fraction(data: Dataset, fraction: float, seed: int) -> Dataset:
     rows = np.flatnonzero(np.isin(np.cumsum(data.is_first) - 1, kept))
     kept_data = {field: getattr(data, field)[rows] for field in DTYPES}
     frames = data.observation.dtype == np.uint8  # too many to copy
-    observation = Rows(data.observation, rows) if frames else data.observation[rows]
+    observation: Any = Rows(data.observation, rows) if frames else data.observation[rows]
     return data._replace(observation=observation, **kept_data)

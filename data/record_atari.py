@@ -1,8 +1,7 @@
-"""Records an Atari dataset in EnvPool: of random play, a simple program, a DQN that learns, or a trained agent.
+"""Records an Atari dataset in EnvPool: of random play, of a simple program, or of a DQN that learns.
 
     python -m data.record_atari --env-id Breakout --policy scripted --steps 100000
     python -m data.record_atari --env-id Seaquest --policy dqn --steps 1000000 --out datasets/atari/my_seaquest
-    python -m data.record_atari --env-id Pong --policy checkpoint --checkpoint runs/my_run --out datasets/atari/pong_rosmo
 
 As in RL Unplugged (Gulcehre et al. 2020, arXiv 2006.13888) frames are single, 84 x 84 and gray, actions are sticky with
 probability 0.25, rewards are clipped to [-1, 1], and an episode ends at game over (is_terminal) or after 27,000 steps. The
@@ -10,9 +9,6 @@ episodes that are still running at the end are written as cut off. meta.json has
 """
 
 import functools
-import importlib
-import json
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,26 +23,64 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data.atari import check_game, default_folder, make_environments, num_actions
-from data.dataset import InputError, check_disk, write_dataset
-from data.runs import Checkpoints, parse_args, run_program
+from data.dataset import InputError, check_disk, describe, run_program, summarize, write_dataset
+from data.games import STEP_BYTES, check_game, default_folder, num_actions, reference_returns
 
-STEP_BYTES = 84 * 84 + 11  # a frame, and action, reward and flags
 DEFAULT_STEPS = 100_000  # of the dataset that the training scripts record where there is none
+NOISE_LEVELS = (0.0, 0.1, 0.3, 0.6, 1.0)  # of the simple programs
+PLAYERS = {
+    "random": "uniformly random play",
+    "scripted": f"a simple program that reads the game's memory, with noise of {', '.join(map(str, NOISE_LEVELS))}",
+    "dqn": "a DQN learning from scratch",
+}
 
 
 @dataclass(frozen=True)
 class Args:
     env_id: str  # the game, as in "MsPacman"
-    policy: Literal["random", "scripted", "dqn", "checkpoint"] = "random"  # who plays
+    policy: Literal["random", "scripted", "dqn"] = "random"  # who plays
     steps: int = DEFAULT_STEPS  # to play in all, rounded up to what the environments play at once
     seed: int = 0  # of the policy and the environments
     num_envs: int = 16  # environments side by side; each keeps its running episode in memory, at most 190 MB
-    checkpoint: Path | None = None  # run whose agent plays, for --policy checkpoint
     out: Path | None = None  # folder to make; by default where the training scripts look for it, under datasets/atari/
 
 
 # --------------------------------------------------------------------------------------------------------- Environments
+
+
+def environment_seeds(seed: int, num_envs: int) -> list[int]:
+    """From 0 to 2**31 - 1. EnvPool's own, seed + i, would let the environments of neighbouring seeds play the same games."""
+    return [int(state) >> 1 for state in np.random.SeedSequence(seed).generate_state(num_envs)]
+
+
+def make_environments(env_id: str, num_envs: int, seed: int, sticky_actions: float = 0.25) -> Any:
+    """Makes an EnvPool of num_envs games that behave as those of RL Unplugged did (Dopamine's: Castro et al. 2018).
+
+    After a reset all four frames of a stack are the first one. The step *after* an episode's end is its reset: it ignores
+    the action, and returns the next episode's first observation, reward 0, and info["elapsed_step"] 0. Environment i is the
+    same for any num_envs. Raises InputError for an unknown game or impossible numbers.
+    """
+    check_game(env_id)
+    if num_envs < 1:
+        raise InputError(f"the number of environments must be at least 1, not {num_envs}")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"a seed is from 0 to {2**32 - 1}, not {seed}")
+    import envpool
+
+    return envpool.make(
+        f"{env_id}-v5",
+        env_type="gymnasium",
+        num_envs=num_envs,
+        seed=environment_seeds(seed, num_envs),
+        stack_num=4,
+        repeat_action_probability=sticky_actions,
+        noop_max=1,  # a reset plays one no-op frame; 0 hangs or crashes EnvPool 1.2.5
+        use_fire_reset=False,
+        episodic_life=False,
+        reward_clip=False,
+        full_action_space=False,
+        max_episode_steps=27_000,  # 108,000 frames, half an hour of play
+    )
 
 
 class Step(NamedTuple):
@@ -77,9 +111,7 @@ def next_step(environments: Any, action: NDArray) -> Step:
 
 
 class RandomPolicy:
-    """Uniform actions. Policies turn a Step into actions [V], and end with what they add to meta.json."""
-
-    source = "uniformly random actions"
+    """Uniform actions. Policies turn a Step into actions [V]."""
 
     def __init__(self, num_actions: int, seed: int):
         self._num_actions = num_actions
@@ -87,9 +119,6 @@ class RandomPolicy:
 
     def __call__(self, step: Step) -> NDArray:
         return self._random.integers(self._num_actions, size=len(step.reward))
-
-    def meta(self) -> dict[str, Any]:
-        return {}
 
 
 # The scripts take the memory [V, 128] now and a step before, as int, and the steps since the episode's start [V], and return
@@ -133,13 +162,8 @@ def play_boxing(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
     return np.where(punch, PUNCH[vertical + 1, horizontal + 1], MOVE[vertical + 1, horizontal + 1])
 
 
-SCRIPTS: dict[str, Callable[[NDArray, NDArray, NDArray], NDArray]] = {
-    "Breakout": play_breakout,
-    "Pong": play_pong,
-    "Freeway": play_freeway,
-    "Boxing": play_boxing,
-}
-NOISE_LEVELS = (0.0, 0.1, 0.3, 0.6, 1.0)
+SCRIPTS: dict[str, Callable[[NDArray, NDArray, NDArray], NDArray]]
+SCRIPTS = {"Breakout": play_breakout, "Pong": play_pong, "Freeway": play_freeway, "Boxing": play_boxing}
 
 
 class ScriptedPolicy:
@@ -148,15 +172,12 @@ class ScriptedPolicy:
     def __init__(self, env_id: str, num_envs: int, seed: int):
         if env_id not in SCRIPTS:
             raise InputError(f"there is no script that plays {env_id}, only {', '.join(SCRIPTS)}; --policy random plays any")
-        levels = ", ".join(map(str, NOISE_LEVELS))
-        self.source = f"a simple program that reads the game's memory, with noise of {levels}"
         self._script = SCRIPTS[env_id]
         self._num_actions = num_actions(env_id)
         self._random = np.random.default_rng([seed, 1])  # not the environments' stream
         self._before = np.zeros((num_envs, 128), int)
-        self._clock, self._level, self._return = np.zeros((3, num_envs), int)
+        self._clock, self._level = np.zeros((2, num_envs), int)
         self._episodes = 0  # begun
-        self._returns: dict[float, list[float]] = defaultdict(list)
 
     def __call__(self, step: Step) -> NDArray:
         num_envs, ram = len(step.reward), step.ram.astype(int)
@@ -165,17 +186,10 @@ class ScriptedPolicy:
         self._episodes += len(new)
         self._clock = np.where(step.is_first, 0, self._clock + 1)
         self._before = np.where(step.is_first[:, None], ram, self._before)
-        self._return = np.where(step.is_first, 0, self._return + step.reward)
-        for level, score in zip(self._level[step.is_last], self._return[step.is_last], strict=True):
-            self._returns[NOISE_LEVELS[level]].append(float(score))
         action = self._script(ram, self._before, self._clock)
         self._before = ram
         noisy = self._random.random(num_envs) < np.array(NOISE_LEVELS)[self._level]
         return np.where(noisy, self._random.integers(self._num_actions, size=num_envs), action)
-
-    def meta(self) -> dict[str, Any]:
-        """The game's returns at each noise level."""
-        return {"game_return_by_noise": {str(noise): summarize(self._returns[noise]) for noise in NOISE_LEVELS}}
 
 
 # ------------------------------------------------------------------------------------------------------------------ DQN
@@ -248,7 +262,6 @@ class DQNPolicy:
     For short runs its schedules are shorter. It makes an update every four steps; its replay takes 7 kB of memory a step.
     """
 
-    source = "a DQN learning from scratch"
     batch_size, update_period, discount = 32, 4, 0.99
 
     def __init__(self, num_actions: int, num_envs: int, steps: int, seed: int):
@@ -277,12 +290,8 @@ class DQNPolicy:
 
         updates, optimizer_state = self._optimizer.update(jax.grad(loss)(params), optimizer_state, params)
         params = optax.apply_updates(params, updates)
-        return (
-            params,
-            optax.periodic_update(params, target_params, count + 1, self._target_period),
-            optimizer_state,
-            count + 1,
-        )
+        target_params = optax.periodic_update(params, target_params, count + 1, self._target_period)
+        return params, target_params, optimizer_state, count + 1
 
     def __call__(self, step: Step) -> NDArray:
         num_envs = len(step.reward)
@@ -301,72 +310,17 @@ class DQNPolicy:
                 self._updates_due -= 1
         return action
 
-    def meta(self) -> dict[str, Any]:
-        return {"updates": int(self._state[-1])}
-
-
-# ----------------------------------------------------------------------------------------------------------- Checkpoint
-
-
-class CheckpointPolicy:
-    """The agent of a run of rosmo_atari.py or muzero_unplugged_atari.py, at its last checkpoint."""
-
-    def __init__(self, env_id: str, run_dir: Path | None, seed: int):
-        """Raises InputError if there is no such run, it is not of this game, or its checkpoint cannot be read."""
-        if run_dir is None:
-            raise InputError("--policy checkpoint needs --checkpoint RUN_DIR")
-        try:
-            run = json.loads((run_dir / "args.json").read_text())
-            name, run_env_id = run["script"], run["args"]["env_id"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{run_dir} is not the folder of a run: {error!r}") from None
-        if name not in ("rosmo_atari", "muzero_unplugged_atari") or run_env_id != env_id:
-            raise InputError(f"{run_dir} is a run of {name}.py on {run_env_id}, no agent for {env_id}")
-        script = importlib.import_module(name)
-        args = parse_args(script.Args, Path(script.__file__ or ""), None, ["--resume", str(run_dir)])
-        self._model = script.Model(num_actions(env_id), args)
-        state = Checkpoints(run_dir, read_only=True).restore(script.init_state((84, 84, 4), self._model))
-        self._params, self._key = jax.device_put((state.params, jax.random.PRNGKey(seed)), jax.devices()[0])
-        self._act, self._updates = script.act, int(state.step)
-        self.source = f"the agent of {name}.py after {self._updates} updates"
-
-    def __call__(self, step: Step) -> NDArray:
-        self._key, key = jax.random.split(self._key)
-        return np.asarray(self._act(self._params, key, np.moveaxis(step.observation, 1, -1), self._model))
-
-    def meta(self) -> dict[str, Any]:
-        return {"updates": self._updates}
-
 
 # -------------------------------------------------------------------------------------------------------------- Recorder
 
 
-def make_policy(args: Args) -> Any:
-    """Raises InputError for a game without a script, or a checkpoint that is missing or of something else."""
-    if args.checkpoint is not None and args.policy != "checkpoint":
-        raise InputError("--checkpoint goes with --policy checkpoint")
+def make_policy(args: Args) -> RandomPolicy | ScriptedPolicy | DQNPolicy:
+    """Raises InputError for a game without a script."""
     if args.policy == "random":
         return RandomPolicy(num_actions(args.env_id), args.seed)
     if args.policy == "scripted":
         return ScriptedPolicy(args.env_id, args.num_envs, args.seed)
-    if args.policy == "dqn":
-        return DQNPolicy(num_actions(args.env_id), args.num_envs, args.steps, args.seed)
-    return CheckpointPolicy(args.env_id, args.checkpoint, args.seed)
-
-
-def summarize(returns: list[float]) -> dict[str, float]:
-    """What meta.json says of the game's own returns of whole episodes."""
-    if not returns:
-        return {"episodes": 0}
-    return {"episodes": len(returns), "mean": float(np.mean(returns)), "min": min(returns), "max": max(returns)}
-
-
-def describe(name: str, summary: dict[str, float]) -> str:
-    """One line of what summarize() returns."""
-    if not summary["episodes"]:
-        return f"{name}: no episode came to its end"
-    scores = f"mean {summary['mean']:.2f}, from {summary['min']:.0f} to {summary['max']:.0f}"
-    return f"{name}: {scores}, in {summary['episodes']} whole episodes"
+    return DQNPolicy(num_actions(args.env_id), args.num_envs, args.steps, args.seed)
 
 
 def record(args: Args) -> Path:
@@ -382,59 +336,49 @@ def record(args: Args) -> Path:
         # Every episode has an observation more than it has actions.
         check_disk(out, 1.02 * args.steps * STEP_BYTES, "name fewer --steps or another --out")
     policy = make_policy(args)
-    frames: list[list[NDArray]] = [[] for _ in range(args.num_envs)]  # of the running episodes
-    actions: list[list[int]] = [[] for _ in range(args.num_envs)]
-    rewards: list[list[float]] = [[] for _ in range(args.num_envs)]
+    # Frames, actions and rewards of the running episodes.
+    running: list[tuple[list, list, list]] = [([], [], []) for _ in range(args.num_envs)]
     returns: list[float] = []  # the game's, of whole episodes
-    game_return: dict[str, float] = {}  # this and the next go into meta.json as they are when the block ends
-    policy_meta: dict[str, Any] = {"name": args.policy}
     with (
         write_dataset(
             out, benchmark="atari", env_id=args.env_id, num_actions=num_actions(args.env_id), seed=args.seed,
-            source=f"{policy.source}, seed {args.seed}, recorded by data/record_atari.py", num_envs=args.num_envs,
-            sticky_actions=0.25, rewards_clipped=True, policy=policy_meta, game_return=game_return,
+            source=f"{PLAYERS[args.policy]}, seed {args.seed}, recorded by data/record_atari.py", num_envs=args.num_envs,
+            sticky_actions=0.25, rewards_clipped=True, policy=args.policy, reference_returns=reference_returns(args.env_id),
         ) as writer,
         tqdm(total=args.steps, unit="step", desc=f"recording {out}", mininterval=1) as progress,
     ):  # fmt: skip
 
         def write_episode(v: int, terminal: bool) -> None:
-            writer.add_episode(np.stack(frames[v]), np.array(actions[v]), np.clip(rewards[v], -1, 1), terminal)
+            frames, actions, rewards = running[v]
+            writer.add_episode(np.stack(frames), np.array(actions), np.clip(rewards, -1, 1), terminal)
 
         step, steps, action = first_step(environments), 0, np.zeros(args.num_envs, int)
         while True:
-            for v in range(args.num_envs):
+            for v, (frames, actions, rewards) in enumerate(running):
                 if step.is_first[v]:
-                    frames[v], actions[v], rewards[v] = [], [], []
+                    for part in running[v]:
+                        part.clear()
                 else:
-                    actions[v].append(action[v])
-                    rewards[v].append(step.reward[v])
-                frames[v].append(step.observation[v, -1].copy())
+                    actions.append(action[v])
+                    rewards.append(step.reward[v])
+                frames.append(step.observation[v, -1].copy())
                 if step.is_last[v]:
                     write_episode(v, step.is_terminal[v])
-                    returns.append(float(np.sum(rewards[v])))
+                    returns.append(float(np.sum(rewards)))
                     progress.set_postfix(episodes=len(returns), game_return=f"{np.mean(returns[-100:]):.2f}", refresh=False)
             played = int(np.sum(~step.is_first))
             steps += played
             progress.update(min(played, args.steps - progress.n))
-            action = policy(step)
             if steps >= args.steps:
                 break
+            action = policy(step)
             step = next_step(environments, action)
-        for v in range(args.num_envs):
-            if actions[v] and not step.is_last[v]:
+        for v, (_, actions, _) in enumerate(running):
+            if actions and not step.is_last[v]:
                 write_episode(v, terminal=False)
-        game_return |= summarize(returns)
-        if returns:
-            tenth = max(1, len(returns) // 10)
-            game_return |= {
-                "mean_first_tenth": float(np.mean(returns[:tenth])),
-                "mean_last_tenth": float(np.mean(returns[-tenth:])),
-            }
-        policy_meta |= policy.meta()
+        writer.meta["game_return"] = summarize(returns)
     print(writer.summary(out))
-    print(describe("game score", game_return))
-    for noise, summary in policy_meta.get("game_return_by_noise", {}).items():
-        print(describe(f"with noise {noise}", summary))
+    print(f"the game's own, of whole episodes: {describe(returns)}")
     return out
 
 
@@ -444,15 +388,8 @@ def record_if_missing(env_id: str) -> Path:
     if not folder.exists():
         check_game(env_id)  # a wrong name is an error before anything is announced
         policy: Literal["random", "scripted"] = "scripted" if env_id in SCRIPTS else "random"
-        players = {
-            "scripted": "a simple program that reads the game's memory, with more and with less noise",
-            "random": "uniformly random play, from which little can be learned",
-        }
-        print(f"There is no dataset {folder}: recording {DEFAULT_STEPS:,} steps of {players[policy]}.")
-        print(
-            "This is not RL Unplugged's data and gives no score to compare; README.md says how to get the real ones.",
-            flush=True,
-        )
+        print(f"There is no dataset {folder}: recording {DEFAULT_STEPS:,} steps of {PLAYERS[policy]}. This is not")
+        print("RL Unplugged's data and gives no score to compare; data/README.md says how to get the real ones.", flush=True)
         try:
             record(Args(env_id, policy, DEFAULT_STEPS))
         except InputError:
@@ -462,4 +399,4 @@ def record_if_missing(env_id: str) -> Path:
 
 
 if __name__ == "__main__":
-    run_program(lambda: int(record(tyro.cli(Args, description=__doc__)) is None))
+    run_program(lambda: record(tyro.cli(Args, description=__doc__)))

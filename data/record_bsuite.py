@@ -24,11 +24,15 @@ from bsuite.environments import base, cartpole, catch, mountain_car
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data.dataset import InputError, write_dataset
-from data.runs import run_program
+from data.dataset import InputError, run_program, write_dataset
 
 ENVIRONMENTS = {"catch": catch.Catch, "cartpole": cartpole.Cartpole, "mountain_car": mountain_car.MountainCar}
 EPISODES = {"catch": 2000, "cartpole": 1000, "mountain_car": 500}
+REFERENCE_RETURNS = {  # mean returns of random play and of RL Unplugged's online DQN
+    "catch": {"random": -0.667, "online_dqn": 1.0},
+    "cartpole": {"random": 64.833, "online_dqn": 1001.0},
+    "mountain_car": {"random": -1000.0, "online_dqn": -102.167},
+}
 
 
 @dataclass(frozen=True)
@@ -40,37 +44,21 @@ class Args:
     out: Path | None = None  # folder to make; by default where the training scripts look for it, under datasets/bsuite/
 
 
-class NoisyActions(dm_env.Environment):
-    """Replaces the action by a uniform one with probability `noise`; the agent is not told."""
+class NoisyActions:
+    """A bsuite environment that replaces the action by a uniform one with probability `noise`; the agent is not told."""
 
     def __init__(self, environment: base.Environment, noise: float, seed: int):
         self._environment = environment
         self._noise = noise
         self._random = np.random.default_rng([seed, 1])  # not the agent's stream
 
-    def reset(self) -> dm_env.TimeStep:
-        return self._environment.reset()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._environment, name)
 
     def step(self, action: int) -> dm_env.TimeStep:
         if self._random.random() < self._noise:
             action = int(self._random.integers(self.action_spec().num_values))
         return self._environment.step(action)
-
-    def observation_spec(self) -> Any:
-        return self._environment.observation_spec()
-
-    def action_spec(self) -> Any:
-        return self._environment.action_spec()
-
-
-# Mean returns of random play and of the online DQN, between which scores are normalised.
-REFERENCE_RETURNS = {"catch": (-0.667, 1.0), "cartpole": (64.833, 1001.0), "mountain_car": (-1000.0, -102.167)}
-
-
-def normalized_score(env_id: str, mean_return: float) -> float:
-    """(return - random play) / (online DQN - random play)."""
-    random_play, online_dqn = REFERENCE_RETURNS[env_id]
-    return (mean_return - random_play) / (online_dqn - random_play)
 
 
 def make_environment(env_id: str, seed: int, noise: float = 0.0) -> NoisyActions:
@@ -200,10 +188,11 @@ def record(env_id: str, noise: float = 0.0, episodes: int | None = None, seed: i
     source = f"a DQN with bsuite's default settings learning from scratch, seed {seed}, recorded by data/record_bsuite.py"
     with (
         write_dataset(
-            out, benchmark="bsuite", env_id=env_id, num_actions=num_actions, noise=noise, seed=seed, source=source
+            out, benchmark="bsuite", env_id=env_id, num_actions=num_actions, noise=noise, seed=seed, source=source,
+            reference_returns=REFERENCE_RETURNS[env_id],
         ) as writer,
         tqdm(total=episodes, unit="episode", desc=f"recording {out}", mininterval=1) as progress,
-    ):
+    ):  # fmt: skip
         for _ in range(episodes):
             timestep = environment.reset()
             observations, actions, rewards = [timestep.observation], [], []
@@ -231,7 +220,7 @@ def record_if_missing(env_id: str, noise: float) -> Path:
     folder = default_folder(env_id, noise)
     if not folder.exists():
         print(f"There is no dataset {folder}: recording all that a DQN sees while it learns {env_id}, as was done for the")
-        print("paper. README.md says how to bring in the paper's own datasets.", flush=True)
+        print("paper. data/README.md says how to bring in the paper's own datasets.", flush=True)
         try:
             record(env_id, noise)
         except InputError:
@@ -241,5 +230,4 @@ def record_if_missing(env_id: str, noise: float) -> Path:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    run_program(lambda: int(record(args.env_id, args.noise, args.episodes, args.seed, args.out) is None))
+    run_program(lambda: record(**vars(tyro.cli(Args, description=__doc__))))

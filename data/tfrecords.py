@@ -104,13 +104,23 @@ def find_prepared(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     return steps, files
 
 
-def step_array(example: dict[str, Any], name: str, steps: dict[str, Any], where: str) -> NDArray:
-    """One feature of all the steps of an episode, [L, ...]. Raises InputError if it is missing or encoded."""
-    try:
-        tensor = steps[name]["tensor"]
-        shape = [int(size) for size in tensor["shape"].get("dimensions", [])]
-        if tensor.get("encoding", "none") != "none":
-            raise InputError(f"{where}: steps/{name} is encoded as {tensor['encoding']}, which is not read here")
-        return np.asarray(example[f"steps/{name}"]).reshape(-1, *shape).astype(tensor["dtype"])
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{where}: steps/{name} is missing or has another shape than features.json says: {error}") from None
+def step_arrays(example: dict[str, Any], names: tuple[str, ...], steps: dict[str, Any], where: str) -> dict[str, NDArray]:
+    """Features of all the steps of an episode, [L, ...] each: those that are named, is_first, is_last and is_terminal.
+
+    steps: what find_prepared says of them. Raises InputError if one is missing or encoded, or if they are no whole episode.
+    """
+    arrays = {}
+    for name in (*names, "is_first", "is_last", "is_terminal"):
+        try:
+            tensor = steps[name]["tensor"]
+            shape = [int(size) for size in tensor["shape"].get("dimensions", [])]
+            if tensor.get("encoding", "none") != "none":
+                raise InputError(f"{where}: steps/{name} is encoded as {tensor['encoding']}, which is not read here")
+            arrays[name] = np.asarray(example[f"steps/{name}"]).reshape(-1, *shape).astype(tensor["dtype"])
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{where}: steps/{name} is missing, or not as features.json says: {error}") from None
+    last = len(arrays["is_last"]) - 1
+    flags = [np.flatnonzero(arrays[name]).tolist() for name in ("is_first", "is_last")]
+    if flags != [[0], [last]] or any(len(array) != last + 1 for array in arrays.values()):
+        raise InputError(f"{where}: is_first and is_last do not mark one whole episode")
+    return arrays

@@ -1,7 +1,37 @@
-import jax
+import os
+import shutil
+import signal
+import tempfile
+
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 2)  # as the scripts do on a machine with two cores
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def pytest_configure(config):
+    """One compilation cache for all processes of a run of the suite. (Only with a limit of its size does JAX lock it.)"""
+    if not hasattr(config, "workerinput"):
+        config.compilation_cache = tempfile.mkdtemp(prefix="compilation_cache_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilation_cache
+        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**31)
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 2)  # as the scripts do on a machine with two cores
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "compilation_cache"):
+        shutil.rmtree(config.compilation_cache, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Takes back the handlers that a script's main() sets in this process."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,53 +1,86 @@
 """Running the scripts from tests, in this process or as programs of their own."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from data.runs import Checkpoints, parse_args
+import muzero_unplugged_atari
+import muzero_unplugged_bsuite
+import rosmo_atari
+import rosmo_bsuite
 
-SMALL = ["--batch-size", "16", "--eval-episodes", "4", "--eval-envs", "3", "--log-interval", "10"]
+SCRIPTS = (rosmo_bsuite, muzero_unplugged_bsuite, rosmo_atari, muzero_unplugged_atari)
+COMMON = ["--cpu-devices", "2", "--eval-envs", "3"]
+SMALL = [*COMMON, "--batch-size", "16", "--eval-episodes", "4", "--log-interval", "10"]
 
 # Atari: the smallest networks, for runs on a small dataset.
-TINY = {
+TINY: dict[str, Any] = {
     "batch_size": 4, "channels": 4, "representation_blocks": 1, "dynamics_blocks": 1, "prediction_blocks": 1,
     "head_channels": 4, "head_width": 8, "num_bins": 21, "unroll_steps": 2, "bootstrap_steps": 2,
 }  # fmt: skip
 TINY_FLAGS = [str(part) for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", value)]
-TINY_FLAGS += ["--eval-episodes", "3", "--eval-envs", "2", "--log-interval", "5"]
+TINY_FLAGS += [*COMMON, "--eval-episodes", "3", "--log-interval", "5"]
 
 
-def run(script: Any, arguments: list[str]) -> int:
+def is_atari(script: Any) -> bool:
+    return hasattr(script, "stack_frames")
+
+
+def small_flags(script: Any) -> list[str]:
+    """Flags of a run that takes seconds, without its dataset."""
+    flags = TINY_FLAGS if is_atari(script) else SMALL
+    return flags if "rosmo" in script.__name__ else [*flags, "--num-simulations", "3"]
+
+
+def run(script: Any, arguments: list[Any]) -> int:
     """The script's main() in this process."""
-    return script.main(parse_args(script.Args, Path(script.__file__), None, arguments))
+    return script.main(script.parse_args(list(map(str, arguments))))
 
 
 def program(script: Any, *arguments: object, **options: Any) -> subprocess.Popen:
-    """The script as a program, with its output in pipes."""
-    command = [sys.executable, script.__file__, *map(str, arguments)]
+    """The script (a module, or a path) as a program, with its output in pipes."""
+    command = [sys.executable, getattr(script, "__file__", script), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+def wait_for(condition: Any, process: subprocess.Popen, seconds: float = 200) -> None:
+    """Waits until condition() holds; the process must live till then."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def scores(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if "eval/return_mean" in line]
+
+
+def training(lines: list[dict]) -> list[dict]:
+    """Lines of training, without their speed."""
+    lines = [line for line in lines if "train/total_loss" in line]
+    return [{name: value for name, value in line.items() if name != "train/updates_per_second"} for line in lines]
 
 
 def last_state(script: Any, run_dir: Path) -> Any:
-    """The last checkpoint of a run on catch."""
-    args = parse_args(script.Args, Path(script.__file__), None, ["--resume", str(run_dir)])
-    return Checkpoints(run_dir).restore(script.init_state((10, 5), script.Model(3, args)))
-
-
-def last_atari_state(script: Any, run_dir: Path) -> Any:
-    """The last checkpoint of a run on Breakout."""
-    args = parse_args(script.Args, Path(script.__file__), None, ["--resume", str(run_dir)])
-    return Checkpoints(run_dir).restore(script.init_state((84, 84, 4), script.Model(4, args)))
+    """The last checkpoint of a run on catch or Breakout."""
+    args = script.parse_args(["--resume", str(run_dir)])
+    shape, num_actions = ((84, 84, 4), 4) if is_atari(script) else ((10, 5), 3)
+    state = script.init_state(shape, script.Model(num_actions, args))
+    return script.restore(script.open_checkpoints(run_dir, read_only=True), state)
 
 
 def rewound(run_dir: Path, copy: Path, step: int) -> Path:
@@ -62,3 +95,8 @@ def rewound(run_dir: Path, copy: Path, step: int) -> Path:
 
 def assert_same_state(first: Any, second: Any) -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
+
+
+def alone() -> dict[str, str]:
+    """An environment in which nothing of this repository can be imported."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -1,20 +1,35 @@
-"""The Atari games in EnvPool against the emulator itself, the recorder's datasets, and what it refuses."""
+"""The recorder's Atari games against the emulator itself, its datasets, its policies, and what it refuses."""
 
-import dataclasses
-import json
 import shutil
-from pathlib import Path
 
 import ale_py
 import cv2
+import envpool
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from data import atari, record_atari
-from data.atari import environment_seeds, make_environments, normalized_score, num_actions, prior_scores
+from data import games, record_atari
 from data.dataset import InputError, open_dataset
-from data.record_atari import Args, CheckpointPolicy, Replay, Step, first_step, next_step, record, record_if_missing
-from data.runs import Checkpoints
+from data.games import num_actions, prior_scores, reference_returns
+from data.record_atari import (
+    Args,
+    DQNPolicy,
+    QNetwork,
+    Replay,
+    ScriptedPolicy,
+    Step,
+    Transition,
+    environment_seeds,
+    first_step,
+    make_environments,
+    next_step,
+    record,
+    record_if_missing,
+)
 
 ROMS = {"Breakout": "breakout", "Pong": "pong", "MsPacman": "ms_pacman", "Seaquest": "seaquest"}
 
@@ -90,23 +105,47 @@ def test_environments_of_other_seeds_and_numbers():
             assert not np.array_equal(three[i], other[j])
 
 
-def test_cut_off_at_the_limit(monkeypatch):
-    monkeypatch.setattr(atari, "MAX_EPISODE_STEPS", 5)
-    environments = make_environments("Pong", 2, seed=0)
-    step = first_step(environments)
-    for t in range(1, 12):
-        step = next_step(environments, np.zeros(2))
-        assert (step.is_last == (t % 6 == 5)).all() and (step.is_first == (t % 6 == 0)).all()
-        assert not step.is_terminal.any()
+def test_cut_off_at_the_limit(tmp_path, monkeypatch):
+    make, asked = envpool.make, []
+
+    def make_short(task, **settings):
+        asked.append((task, settings))
+        return make(task, **settings | {"max_episode_steps": 5})
+
+    monkeypatch.setattr(envpool, "make", make_short)
+    data = open_dataset(record(Args("Pong", steps=20, num_envs=2, out=tmp_path / "pong")))
+    assert asked == [("Pong-v5", {
+        "env_type": "gymnasium", "num_envs": 2, "seed": environment_seeds(0, 2), "stack_num": 4, "max_episode_steps": 27_000,
+        "repeat_action_probability": 0.25, "noop_max": 1, "use_fire_reset": False, "episodic_life": False,
+        "reward_clip": False, "full_action_space": False,
+    })]  # fmt: skip
+    assert np.flatnonzero(data.is_last).tolist() == [5, 11, 17, 23] and not data.is_terminal.any()
 
 
-def test_scores():
+def test_game_over_just_at_the_limit():
+    class Environments:
+        def step(self, action):
+            assert action.dtype == np.int32
+            flags = {"terminated": np.array([1, 0, 0]), "elapsed_step": np.array([9, 9, 0]), "ram": np.zeros((3, 128))}
+            return np.zeros((3, 4, 84, 84)), np.zeros(3), np.zeros(3, bool), np.array([True, True, False]), flags
+
+    step = next_step(Environments(), np.zeros(3))
+    assert step.is_first.tolist() == [False, False, True] and step.is_last.tolist() == [True, True, False]
+    assert step.is_terminal.tolist() == [True, False, False]
+
+
+def test_games():
     assert num_actions("Breakout") == 4 and num_actions("Seaquest") == 18
-    scores = json.loads(atari.SCORES_FILE.read_text())["ms_pacman"]
-    assert normalized_score("MsPacman", scores["random"]) == 0 and normalized_score("MsPacman", scores["online_dqn"]) == 1
-    assert prior_scores("MsPacman") == {method: scores[method] for method in ("BC", "BCQ", "DQN", "IQN", "REM")}
-    assert normalized_score("Solaris", 1000.0) is None and prior_scores("Solaris") == {}
-    assert len(atari._scores()) == 46 and set(atari._scores()) <= set(atari.games())
+    for env_id, random, online_dqn in [
+        ("Breakout", 1.33, 157.86), ("Pong", -20.3, 18.25), ("Freeway", 0.0, 26.76), ("MsPacman", 247.97, 4171.53),
+        ("Qbert", 155.01, 12275.13), ("Seaquest", 81.78, 3233.47), ("UpNDown", 513.94, 15677.92),
+    ]:  # fmt: skip
+        assert reference_returns(env_id) == {"random": random, "online_dqn": online_dqn}
+    assert prior_scores("Breakout") == {"BC": 235.0, "BCQ": 375.0, "DQN": 324.0, "IQN": 314.0, "REM": 362.0}
+    assert reference_returns("Solaris") is None and prior_scores("Solaris") == {}
+    known = [env_id for env_id in games.games() if reference_returns(env_id)]
+    assert len(known) == 46 and all(reference_returns(env_id)["random"] < prior_scores(env_id)["DQN"] for env_id in ROMS)
+    assert str(games.default_folder("Pong")) == "datasets/atari/Pong"
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +164,13 @@ def test_recording(breakout):
     assert whole > 4 and terminal.tolist() == whole * [True] + (len(lengths) - whole) * [False]  # cut off at the end
     assert len(lengths) - whole <= 4
     assert lengths[:whole].min() > 80  # five lives
+    assert {
+        **{"benchmark": "atari", "env_id": "Breakout", "num_actions": 4, "seed": 3, "num_envs": 4, "policy": "random"},
+        **{"sticky_actions": 0.25, "rewards_clipped": True, "observation_shape": [84, 84]},
+        **{"reference_returns": {"random": 1.33, "online_dqn": 157.86}},
+        **{"source": "uniformly random play, seed 3, recorded by data/record_atari.py"},
+    }.items() <= breakout.meta.items()
+    assert np.bincount(breakout.action[~breakout.is_last]).min() > 0.2 * lengths.sum()  # of each of the four actions
 
 
 def test_recorded_steps_are_the_games(breakout):
@@ -170,26 +216,93 @@ def test_recording_is_the_same_for_the_same_seed(tmp_path):
     )
     assert np.array_equal(first.action, second.action) and np.array_equal(first.observation, second.observation)
     assert not np.array_equal(first.action, third.action)
+    assert first.meta["policy"] == "scripted" and "memory, with noise of 0.0, 0.1, 0.3, 0.6, 1.0" in first.meta["source"]
 
 
-def test_script_beats_random_play(tmp_path, monkeypatch, breakout):
+# Random play has scored about 1.5, -5, 0 and -4 by then.
+@pytest.mark.parametrize(
+    ("env_id", "steps", "least"), [("Breakout", 250, 4), ("Pong", 300, -2), ("Freeway", 150, 2), ("Boxing", 500, 3)]
+)
+def test_scripts_beat_random_play(monkeypatch, env_id, steps, least):
     monkeypatch.setattr(record_atari, "NOISE_LEVELS", (0.0,))
-    scripted = open_dataset(record(Args("Breakout", "scripted", steps=4000, num_envs=8, out=tmp_path / "scripted")))
-    # In 500 steps it scores more than five whole games of random play.
-    assert scripted.meta["return_mean"] > 5 * breakout.meta["game_return"]["mean"] > 0
+    environments, policy = make_environments(env_id, 4, seed=0), ScriptedPolicy(env_id, 4, seed=0)
+    step, score = first_step(environments), 0.0
+    for _ in range(steps):
+        step = next_step(environments, policy(step))
+        score += step.reward.mean()
+    assert score >= least
 
 
-def test_noise_levels_in_turn(tmp_path):
-    data = open_dataset(record(Args("Breakout", "scripted", steps=1500, num_envs=5, out=tmp_path / "scripted")))
-    by_noise = data.meta["policy"]["game_return_by_noise"]
-    assert [float(noise) for noise in by_noise] == [0, 0.1, 0.3, 0.6, 1]
-    assert sum(summary["episodes"] for summary in by_noise.values()) == data.meta["game_return"]["episodes"]
-    assert by_noise["1.0"]["episodes"] > 0
+def test_noise_levels_in_turn():
+    policy, steps = ScriptedPolicy("Freeway", 5, seed=0), 3000  # without noise it always plays action 1 of three
+    start, none = np.ones(5, bool), np.zeros(5, bool)
+    step = Step(np.zeros((5, 4, 84, 84)), np.zeros((5, 128)), np.zeros(5), start, none, none)
+    other = np.zeros(5)
+    for is_first in [start, *[none] * steps]:
+        other += policy(step._replace(is_first=is_first)) != 1
+    assert other / steps == pytest.approx(np.array([0, 0.1, 0.3, 0.6, 1]) * 2 / 3, abs=0.03)
+    again, other = np.arange(5) >= 3, np.zeros(5)  # the sixth episode has the first level, the seventh the second
+    for is_first in [again, *[none] * steps]:
+        other += policy(step._replace(is_first=is_first)) != 1
+    assert other / steps == pytest.approx(np.array([0, 0.1, 0.3, 0, 0.1]) * 2 / 3, abs=0.03)
 
 
-def test_dqn(tmp_path):
-    data = open_dataset(record(Args("Breakout", "dqn", steps=80, num_envs=4, out=tmp_path / "dqn")))
-    assert data.meta["policy"]["updates"] >= 80 // 4 - 3  # it waits until four steps of each are there
+class TinyQNetwork(nn.Module):
+    num_actions: int
+
+    @nn.compact
+    def __call__(self, observation):
+        return nn.Dense(self.num_actions)(observation[:, ::21, ::21].reshape(len(observation), -1) / 255.0)
+
+
+def test_dqn_explores_less_and_less_and_learns_every_four_steps(monkeypatch):
+    monkeypatch.setattr(record_atari, "QNetwork", TinyQNetwork)
+    policy, updates = DQNPolicy(num_actions=4, num_envs=10, steps=4000, seed=0), []
+    policy._greedy = lambda *_: np.full(10, 3)
+    policy._learn = lambda state, batch_size: updates.append(batch_size) or state
+    policy._replay.sample = lambda size: size
+    none = np.zeros(10, bool)
+    step = Step(np.zeros((10, 4, 84, 84), np.uint8), np.zeros((10, 128)), np.zeros(10), none, none, none)
+    actions = np.concatenate([policy(step) for _ in range(400)])
+    # All actions are uniform for the first 200 steps, 1 in 100 from step 1,200 on, and between them it is a line.
+    share = [np.mean(part == 3) for part in np.split(actions, [200, 700, 1200])]
+    assert share == pytest.approx([0.25, 0.25 + 0.75 * 0.25, 0.25 + 0.75 * 0.74, 1 - 0.75 * 0.01], abs=0.08)
+    assert 0.985 < share[3] < 1 and len(updates) == (4000 - 200) // 4 and set(updates) == {32}
+
+
+def test_dqn_learns_by_the_bellman_equation(monkeypatch):
+    monkeypatch.setattr(record_atari, "QNetwork", TinyQNetwork)
+    policy = DQNPolicy(num_actions=4, num_envs=1, steps=600, seed=0)  # copies the parameters every three updates
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 256, (2, 8, 84, 84, 4), np.uint8)
+    action, reward, discount = random.integers(4, size=8), random.normal(size=8), np.array([1.0, 0] * 4)
+    params = target = policy._state[0]
+    optimizer = optax.adam(6.25e-5, eps=1.5e-4)
+    optimizer_state = optimizer.init(params)
+
+    def loss(params, target):
+        q = policy._network.apply(params, frames[0])[np.arange(8), action]
+        error = q - reward - 0.99 * discount * policy._network.apply(target, frames[1]).max(axis=1)
+        return jnp.mean(jnp.where(jnp.abs(error) < 1, error**2 / 2, jnp.abs(error) - 0.5))
+
+    state, gradient = jax.tree.map(jnp.copy, policy._state), jax.jit(jax.grad(loss))
+    for count in range(1, 5):
+        updates, optimizer_state = optimizer.update(gradient(params, target), optimizer_state)
+        params = optax.apply_updates(params, updates)
+        target = params if count == 3 else target
+        state = policy._learn(state, Transition(frames[0], action, reward, discount, frames[1]))
+        for ours, expected in zip(jax.tree.leaves(state[:2]), jax.tree.leaves((params, target)), strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_dqn(tmp_path, monkeypatch):
+    kernels = jax.eval_shape(QNetwork(6).init, jax.random.key(0), jnp.zeros((1, 84, 84, 4), jnp.uint8))
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(kernels) if leaf.ndim > 1)
+    assert sizes == sorted([8 * 8 * 4 * 32, 4 * 4 * 32 * 64, 3 * 3 * 64 * 64, 7 * 7 * 64 * 512, 512 * 6])
+    monkeypatch.setattr(record_atari, "QNetwork", TinyQNetwork)
+    data = open_dataset(record(Args("Breakout", "dqn", steps=400, num_envs=4, out=tmp_path / "dqn")))
+    assert data.meta["policy"] == "dqn" and data.meta["source"].startswith("a DQN learning from scratch")
+    assert 400 <= (~data.is_last).sum() < 404
 
 
 @pytest.mark.parametrize(("rows", "stacks"), [
@@ -224,10 +337,8 @@ def test_dqn_replay(rows, stacks):
         ),
         ({"env_id": "Pong", "steps": 0}, "at least 1"),
         ({"env_id": "Pong", "num_envs": 0}, "at least 1"),
-        ({"env_id": "Pong", "seed": 2**32}, "from 0 to"),
-        ({"env_id": "Pong", "policy": "checkpoint"}, "needs --checkpoint"),
-        ({"env_id": "Pong", "policy": "checkpoint", "checkpoint": Path("nowhere")}, "not the folder of a run"),
-        ({"env_id": "Pong", "checkpoint": Path("nowhere")}, "goes with --policy checkpoint"),
+        ({"env_id": "Pong", "seed": 2**32}, "from 0 to 4294967295"),
+        ({"env_id": "Pong", "seed": -1}, "from 0 to 4294967295"),
     ],
 )
 def test_errors(tmp_path, arguments, sentence):
@@ -236,52 +347,46 @@ def test_errors(tmp_path, arguments, sentence):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_that_exists(tmp_path):
+def test_a_game_without_published_returns(tmp_path):
+    data = open_dataset(record(Args("Solaris", steps=4, num_envs=1, out=tmp_path / "solaris")))
+    assert "reference_returns" not in data.meta and data.meta["game_return"] == {"episodes": 0}
+    assert len(data.action) == 5 and data.meta["num_actions"] == 18
+
+
+def test_folder_that_exists_and_too_little_disk(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="exists already"):
         record(Args("Pong", steps=10, num_envs=1, out=tmp_path))
-
-
-def test_too_little_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 7 * 10**8))
+    usage, asked = shutil._ntuple_diskusage(10**9, 0, 7 * 10**8), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
     with pytest.raises(InputError, match=r"needs about 0\.721 GB, and 0\.7 GB are free there: name fewer --steps"):
         record(Args("Pong", num_envs=1, out=tmp_path / "deeper" / "new"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_checkpoints_of_something_else(tmp_path):
-    for script, env_id in (("rosmo_bsuite", "Pong"), ("rosmo_atari", "Breakout")):
-        (tmp_path / "args.json").write_text(json.dumps({"script": script, "args": {"env_id": env_id}}))
-        with pytest.raises(InputError, match=f"a run of {script}.py on {env_id}, no agent for Pong"):
-            CheckpointPolicy("Pong", tmp_path, seed=0)
+    assert list(tmp_path.iterdir()) == [] and asked == [tmp_path]
 
 
 def test_missing_dataset_is_recorded_and_announced(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def come_second(args):
+        asked.append(args)
+        games.default_folder(args.env_id).mkdir(parents=True)
+        raise InputError("another program has recorded it meanwhile")
+
+    def fail(args):
+        raise InputError("the disk is full")
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(record_atari, "DEFAULT_STEPS", 200)
-    for env_id, player in (("Pong", "a simple program"), ("Qbert", "uniformly random play")):
-        data = open_dataset(record_if_missing(env_id))
+    monkeypatch.setattr(record_atari, "record", come_second)
+    for env_id, player in (("Pong", "a simple program"), ("Solaris", "uniformly random play")):
+        assert str(record_if_missing(env_id)) == f"datasets/atari/{env_id}"
         output = capsys.readouterr().out
-        assert player in output and "not RL Unplugged's" in output and f"recording {200} steps" in output
-        assert data.meta["env_id"] == env_id and 200 <= len(data.action) < 250
+        assert f"recording 100,000 steps of {player}" in output and "RL Unplugged's data" in output
+        assert "data/README.md says how" in output
         record_if_missing(env_id)
         assert capsys.readouterr().out == ""
+    assert asked == [Args("Pong", "scripted", 100_000, 0, 16, None), Args("Solaris", "random", 100_000, 0, 16, None)]
     with pytest.raises(InputError, match="did you mean 'Pong'"):
         record_if_missing("Pongg")
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.slow
-def test_agent_of_a_run(tmp_path):
-    script = pytest.importorskip("rosmo_atari")
-    sizes = dict.fromkeys(("representation_blocks", "dynamics_blocks", "prediction_blocks"), 1)
-    args = script.Args(env_id="Pong", channels=8, head_width=8, num_bins=11, **sizes)
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    run = {"script": "rosmo_atari", "args": dataclasses.asdict(args)}
-    (run_dir / "args.json").write_text(json.dumps(run, default=str))
-    checkpoints = Checkpoints(run_dir)
-    checkpoints.save(7, script.init_state((84, 84, 4), script.Model(6, args))._replace(step=np.int32(7)))
-    checkpoints.close()
-    out = record(Args("Pong", "checkpoint", steps=60, num_envs=2, checkpoint=run_dir, out=tmp_path / "pong"))
-    data = open_dataset(out)
-    assert data.meta["policy"] == {"name": "checkpoint", "updates": 7} and len(set(data.action)) > 1
+    monkeypatch.setattr(record_atari, "record", fail)
+    with pytest.raises(InputError, match="the disk is full"):
+        record_if_missing("Breakout")

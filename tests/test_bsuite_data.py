@@ -5,12 +5,25 @@ import shutil
 import struct
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from data import record_bsuite
 from data.convert_bsuite import convert
 from data.dataset import InputError, open_dataset
-from data.record_bsuite import make_environment, record
+from data.record_bsuite import (
+    DQN,
+    QNetwork,
+    Settings,
+    Transition,
+    default_folder,
+    make_environment,
+    record,
+    record_if_missing,
+)
 from data.tfrecords import masked_crc
 
 FIXTURES = Path(__file__).parent / "fixtures" / "bsuite_tfds"  # written by TensorFlow Datasets' own RLDS builder
@@ -22,20 +35,108 @@ def test_recording(catch_dataset):
     assert np.flatnonzero(data.is_last).tolist() == list(range(9, 2000, 10))
     assert np.array_equal(data.is_last, data.is_terminal)
     assert set(data.reward[data.reward != 0]) <= {-1.0, 1.0} and set(data.action) == {0, 1, 2}
-    # Replaying the recorded actions in the real environment gives the recorded steps.
-    environment = make_environment("catch", seed=0)
-    for i in range(30):
+    assert_replays(data, 30)
+    assert {
+        **{"benchmark": "bsuite", "env_id": "catch", "num_actions": 3, "noise": 0.0, "seed": 0},
+        **{"observation_shape": [10, 5], "reference_returns": {"random": -0.667, "online_dqn": 1.0}},
+    }.items() <= data.meta.items()
+    assert data.meta["return_mean_last_tenth"] > data.meta["return_mean_first_tenth"] + 0.5  # the DQN learns
+
+
+def assert_replays(data, steps):
+    """Replaying the recorded actions in the real environment gives the recorded steps."""
+    environment = make_environment("catch", seed=data.meta["seed"], noise=data.meta["noise"])
+    for i in range(steps):
         timestep = environment.reset() if data.is_first[i] else environment.step(int(data.action[i - 1]))
         assert np.array_equal(timestep.observation, data.observation[i])
         assert data.is_first[i] or (timestep.reward or 0) == data.reward[i - 1]
 
 
-def test_recording_is_the_same_for_the_same_seed(tmp_path):
+def test_recording_with_noise_is_the_same_for_the_same_seed(tmp_path):
     first, second, third = (
-        open_dataset(record("catch", episodes=30, seed=seed, out=tmp_path / str(i))) for i, seed in enumerate((5, 5, 6))
+        open_dataset(record("catch", noise=0.3, episodes=20, seed=seed, out=tmp_path / str(i)))
+        for i, seed in enumerate((5, 5, 6))
     )
     assert np.array_equal(first.action, second.action) and np.array_equal(first.observation, second.observation)
     assert not np.array_equal(first.action, third.action)
+    assert_replays(first, 200)  # the actions are the agent's; the environment replaces the same ones again
+    assert first.meta["noise"] == 0.3 and first.meta["seed"] == 5
+
+
+def test_dqn_learns_by_the_bellman_equation():
+    agent, random, optimizer = DQN((2,), 3, seed=0), np.random.default_rng(0), optax.adam(1e-3)
+    network = QNetwork(3, (64, 64))
+    state = jax.tree.map(jnp.copy, agent._state)
+    params = target = agent._state[0]
+    optimizer_state, seen = optimizer.init(params), []
+
+    @jax.jit
+    def learn(params, target, optimizer_state, batch):
+        def loss(params):
+            q = network.apply(params, batch.observation)[jnp.arange(32), batch.action]
+            next_q = network.apply(target, batch.next_observation).max(axis=1)
+            return jnp.mean((q - batch.reward - 0.99 * batch.discount * next_q) ** 2)
+
+        updates, optimizer_state = optimizer.update(jax.grad(loss)(params), optimizer_state)
+        return optax.apply_updates(params, updates), optimizer_state
+
+    for count in range(110):  # it waits for 100 transitions, and copies the parameters every 4
+        observations, reward = random.normal(size=(2, 2)).astype(np.float32), np.float32(random.normal())
+        discount, action = np.float32(count % 3 > 0), np.int32(random.integers(3))
+        seen.append(Transition(observations[0], action, reward, discount, observations[1]))
+        indices = random.integers(count + 1, size=32)
+        state, greedy = agent._step(state, seen[-1], count, indices)
+        if count >= 100:
+            batch = Transition(*(np.stack(column) for column in zip(*(seen[i] for i in indices), strict=True)))
+            params, optimizer_state = learn(params, target, optimizer_state, batch)
+        target = params if count % 4 == 0 else target
+        assert greedy == np.argmax(network.apply(params, observations[1:]))
+    for ours, expected in zip(jax.tree.leaves(state[:2]), jax.tree.leaves((params, target)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dqn_explores_and_draws_from_what_it_has_seen():
+    agent, drawn = DQN((2,), 3, seed=0), []
+    agent._step = lambda state, transition, count, indices: drawn.append((count, indices)) or (state, np.int32(2))
+    actions = np.array([agent.learn(None) for _ in range(12_000)])
+    assert np.mean(actions != 2) == pytest.approx(0.05 * 2 / 3, rel=0.2) and set(actions) == {0, 1, 2}
+    assert [count for count, _ in drawn] == list(range(12_000)) and {len(indices) for _, indices in drawn} == {32}
+    for count, indices in drawn[:100] + drawn[-100:]:
+        assert indices.max() <= min(count, 9_999)
+    assert np.concatenate([indices for _, indices in drawn[-100:]]).max() > 9_900
+
+
+def test_constants():
+    assert record_bsuite.EPISODES == {"catch": 2000, "cartpole": 1000, "mountain_car": 500}
+    assert record_bsuite.REFERENCE_RETURNS == {
+        "catch": {"random": -0.667, "online_dqn": 1.0},
+        "cartpole": {"random": 64.833, "online_dqn": 1001.0},
+        "mountain_car": {"random": -1000.0, "online_dqn": -102.167},
+    }
+    assert tuple(Settings()) == ((64, 64), 1e-3, 32, 0.99, 10_000, 100, 4, 0.05)
+    assert [str(default_folder("catch", noise)) for noise in (0.0, 0.3)] == [
+        "datasets/bsuite/catch",
+        "datasets/bsuite/catch_noise_0.3",
+    ]
+
+
+def test_missing_dataset_is_recorded_and_announced(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def stand_in(env_id, noise):
+        asked.append((env_id, noise))
+        default_folder(env_id, noise).mkdir(parents=True)
+        raise InputError("another program has recorded it meanwhile")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(record_bsuite, "record", stand_in)
+    for _ in range(2):
+        assert record_if_missing("catch", 0.3) == default_folder("catch", 0.3)
+    output = capsys.readouterr().out
+    assert asked == [("catch", 0.3)] and output.count("There is no dataset") == output.count("data/README.md") == 1
+    with pytest.raises(InputError, match="exists already"):
+        monkeypatch.undo()
+        record("catch", episodes=1, out=tmp_path)
 
 
 def test_noise_replaces_actions_at_its_rate():
@@ -57,6 +158,8 @@ def test_noise_replaces_actions_at_its_rate():
     [
         ({"env_id": "cartpol"}, "did you mean 'cartpole'"),
         ({"env_id": "catch", "noise": 1.5}, "from 0 to 1"),
+        ({"env_id": "catch", "noise": -0.1}, "from 0 to 1"),
+        ({"env_id": "catch", "seed": 2**32}, "from 0 to 4294967295"),
         ({"env_id": "catch", "episodes": 0}, "at least 1"),
     ],
 )
@@ -69,7 +172,11 @@ def test_recorder_errors(tmp_path, arguments, sentence):
 @pytest.mark.parametrize("env_id", ["catch", "cartpole", "mountain_car"])
 def test_conversion_equals_what_tensorflow_datasets_reads(tmp_path, env_id):
     truth = np.load(FIXTURES / "truth.npz")
-    data = open_dataset(convert(FIXTURES / f"bsuite_{env_id}", env_id, out=tmp_path / env_id))
+    data = open_dataset(convert(FIXTURES / f"bsuite_{env_id}", env_id, noise=0.1, out=tmp_path / env_id))
+    assert {
+        **{"benchmark": "bsuite", "env_id": env_id, "num_actions": 3, "noise": 0.1},
+        **{"reference_returns": record_bsuite.REFERENCE_RETURNS[env_id]},
+    }.items() <= data.meta.items()
     # TensorFlow Datasets shuffles the episodes on disk; the converter puts them back in the order of their ids.
     order = np.argsort(truth[f"{env_id}|episode_id"])
     ends = np.cumsum(truth[f"{env_id}|length"])

@@ -1,102 +1,383 @@
-"""benchmark/bsuite_studies.py: its settings, its table and its figure, from runs that are made up."""
+"""benchmark/studies.py and the programs on BSuite: their runs, tables, estimates and figures, from runs that are made up."""
 
 import csv
 import dataclasses
+import json
 import subprocess
-import sys
+import time
 
+import dm_env
 import numpy as np
 import pytest
 
-sys.path.insert(0, "benchmark")
+import muzero_unplugged_bsuite
+import rosmo_bsuite
+from benchmark import bsuite_scores, bsuite_studies, convert_atari, studies, throughput
+from benchmark.studies import Run
+from data.dataset import InputError, write_dataset
+from tests.programs import small_flags
 
-import bsuite_studies
-import studies
-
-from data.dataset import InputError
-
-ARGS = bsuite_studies.scaled(bsuite_studies.Args(study="coverage"))
-
-
-@pytest.mark.parametrize("study", bsuite_studies.LABELS)
-def test_every_setting_is_one_that_the_scripts_take(study):
-    import muzero_unplugged_bsuite
-    import rosmo_bsuite
-
-    scripts = {"rosmo_bsuite": rosmo_bsuite, "muzero_unplugged_bsuite": muzero_unplugged_bsuite}
-    points = bsuite_studies.points_of(study)
-    assert len({(point.method, point.x) for point in points}) == len(points)
-    for point in points:
-        scripts[point.script].Args(**{name.replace("-", "_"): value for name, value in point.flags.items()})
+SCRIPTS = {"rosmo_bsuite": rosmo_bsuite, "muzero_unplugged_bsuite": muzero_unplugged_bsuite}
+LONG = {"catch": 30_000, "mountain_car": 10_000}
+SEARCHES = {"MuZero Unplugged", "MZU-Q", "Gumbel MuZero"}
+STUDIES = {  # x of the figure, its methods, updates, evaluations, and what x is among a run's settings
+    "coverage": ([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0], {"ROSMO", "one-step, no regularisation", "MuZero Unplugged"},
+                 {"catch": 10_000, "cartpole": 6_000, "mountain_car": 6_000}, 5, lambda args: args.data_fraction),
+    "budget": ([2, 4, 8, 16, 32], SEARCHES, LONG, 10, lambda args: args.num_simulations),
+    "depth": ([1, 2, 4, 8, 16], {"MuZero Unplugged"}, LONG, 10, lambda args: args.search_depth or args.num_simulations),
+    "noise": ([0.0, 0.1, 0.3, 0.5], {"ROSMO", "MuZero Unplugged"}, LONG, 10, lambda args: args.noise),
+    "capacity": ([8, 32, 128], {"ROSMO", "MuZero Unplugged"}, LONG, 10, lambda args: args.dynamics_width),
+}  # fmt: skip
 
 
-def test_table_and_figure(monkeypatch, tmp_path, capsys):
-    """Scores that grow with coverage, by task and seed: the interquartile mean of the last two evaluations of four."""
-    trained = []
-
-    def make(run, folder):
-        trained.append(run.folder(folder))
-        values = {"catch": 0.0, "cartpole": 0.1, "mountain_car": 0.5}
-        last = run.flags["data-fraction"] + values[run.flags["env-id"]] + 0.01 * run.flags["seed"]
-        scores = (-9.0, -9.0, last, last + 0.2)
-        common = {"eval/return_mean": 0.0, "update_seconds": 1.0}
-        return [{"step": step, "eval/normalized_score": score, **common} for step, score in enumerate(scores)]
-
-    monkeypatch.setattr(studies, "make", make)
-    monkeypatch.setattr(studies, "BOOTSTRAPS", 50)
-    monkeypatch.setattr(bsuite_studies, "record_if_missing", lambda task, noise: None)
-    assert bsuite_studies.main(dataclasses.replace(ARGS, results=tmp_path)) == 0
-    assert len(set(trained)) == len(trained) == 7 * 3 * 3 * 3
-    with (tmp_path / "bsuite_coverage.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 4 * len(trained)
-    assert {row["method"] for row in rows} == {"ROSMO", "one-step, no regularisation", "MuZero Unplugged"}
-    assert (tmp_path / "bsuite_coverage.png").stat().st_size > 10_000
-    # 9 scores at coverage 0.1, sorted: .20 .21 .22 .30 .31 .32 .70 .71 .72; their middle half is .22 to .70.
-    values = np.sort(np.add.outer([0.0, 0.1, 0.5], [0.0, 0.01, 0.02]).ravel() + 0.1 + 0.1)
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| ROSMO"))
-    assert f"{values[2:7].mean():.2f} [" in line.split("|")[5]
+def small_dataset(folder, **meta):
+    with write_dataset(folder, benchmark="bsuite", env_id="catch", num_actions=3, **meta) as writer:
+        writer.add_episode(np.zeros((3, 10, 5), np.float32), np.zeros(2, int), np.zeros(2), terminal=True)
+    return folder
 
 
-def test_parts_cover_every_run_once(monkeypatch, tmp_path):
-    trained = []
-    monkeypatch.setattr(studies, "make", lambda run, folder: trained.append(run.folder(folder)))
-    monkeypatch.setattr(bsuite_studies, "record_if_missing", lambda task, noise: None)
-    for part in range(4):
-        assert bsuite_studies.main(dataclasses.replace(ARGS, part=part, parts=4, results=tmp_path)) == 0
-    assert len(set(trained)) == len(trained) == 7 * 3 * 3 * 3 and not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match="from 0 to --parts - 1"):
-        bsuite_studies.main(dataclasses.replace(ARGS, part=4, parts=4))
+@pytest.fixture
+def dataset(tmp_path):
+    return small_dataset(tmp_path / "dataset", reference_returns={"random": 0.0, "online_dqn": 1.0})
 
 
-def test_settings_that_do_not_fit_together():
-    with pytest.raises(InputError, match="one number for each of the 3 tasks"):
-        bsuite_studies.scaled(bsuite_studies.Args(study="coverage", updates=(10,)))
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn."""
+    drawn = []
+    monkeypatch.setattr(studies.plt, "close", drawn.append)
+    return drawn
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------------------------------------- One run
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_runs_of_a_study(study):
+    """Their x is the setting that the script gets; all else is as the script has it, but for the size of the studies."""
+    xs, methods, updates, evaluations, x_of = STUDIES[study]
+    settings = bsuite_studies.settings_of(bsuite_studies.STUDIES[study])
+    level = [] if "ROSMO" in methods else [("ROSMO", None)]
+    assert [(setting.method, setting.x) for setting in settings if setting.x is None] == level
+    found = sorted((setting.x, setting.method) for setting in settings if setting.x is not None)
+    assert found == sorted((x, method) for x in xs for method in methods)
+    for setting in settings:
+        run = bsuite_studies.run_of(bsuite_studies.Args(study=study), setting, "catch", 7)
+        assert (run.updates, run.evaluations) == (updates["catch"], evaluations)
+        assert run.columns == {"study": study, "method": setting.method, "x": setting.x, "task": "catch", "seed": 7}
+        args = SCRIPTS[run.script].Args(**{name.replace("-", "_"): value for name, value in run.flags.items()})
+        changed = {name: value for name, value in vars(args).items() if value != getattr(type(args), name)}
+        assert (changed.pop("seed"), changed.pop("batch_size")) == (7, 128)
+        assert changed.pop("data_fraction", 1.0) == (setting.x if study == "coverage" else 0.2)
+        if setting.method == "ROSMO" and setting.x is None:
+            assert not changed
+            continue
+        assert x_of(args) == setting.x
+        own = {"one-step, no regularisation": {"behavior_coef": 0.0}, "MZU-Q": {"policy_target": "mzu_q"},
+               "Gumbel MuZero": {"policy_target": "gumbel"}}.get(setting.method, {})  # fmt: skip
+        flag = {"budget": "num_simulations", "depth": "search_depth", "noise": "noise", "capacity": "dynamics_width"}.get(
+            study
+        )
+        common = {"num_simulations": 16} if study == "depth" else {}
+        assert {name: value for name, value in changed.items() if name != flag} == own | common
+        assert (run.script == "rosmo_bsuite") == (setting.method in ("ROSMO", "one-step, no regularisation"))
+
+
+def test_other_lengths():
+    run_of, setting = bsuite_studies.run_of, bsuite_studies.settings_of(bsuite_studies.STUDIES["noise"])[0]
+    args = bsuite_studies.Args(study="noise", updates=500, evaluations=3)
+    assert run_of(args, setting, "cartpole", 0)[3:] == (500, 3)
     with pytest.raises(InputError, match="--updates is needed for cartpole"):
-        bsuite_studies.scaled(bsuite_studies.Args(study="noise", tasks=("cartpole",)))
-    assert bsuite_studies.scaled(bsuite_studies.Args(study="noise", tasks=("catch",))).updates == (30_000,)
+        run_of(bsuite_studies.Args(study="noise"), setting, "cartpole", 0)
+    updates = {
+        task: run_of(bsuite_studies.Args(study="coverage"), setting, task, 0).updates for task in ("cartpole", "catch")
+    }
+    assert updates == {"cartpole": 6_000, "catch": 10_000}
+
+
+def test_a_whole_run():
+    run = Run({}, "rosmo_bsuite", {}, updates=10, evaluations=3)
+    assert run.is_whole([{"step": 3}, {"step": 6}, {"step": 9}, {"step": 10}])
+    for steps in ([], [3, 6, 9], [3, 9, 10], [10], [3, 6, 6, 9, 10], [3, 6, 9, 10, 12]):
+        assert not run.is_whole([{"step": step} for step in steps])
+
+
+def test_seconds_of_updates(tmp_path):
+    """10 updates at 2 a second, 20 at 10, 5 at 1: 5, 2 and 5 seconds; evaluations lie between the lines, and among them."""
+    lines = [{"step": step, "train/updates_per_second": speed} for step, speed in ((10, 2.0), (30, 10.0), (35, 1.0))]
+    lines[1:1] = [{"step": 10, "eval/return_mean": 1.5, "eval/normalized_score": 0.25}]
+    lines[3:3] = [{"step": 20, "eval/return_mean": 2.5}, {"step": 35, "eval/return_mean": 3.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "eval/retu')
+    assert studies.evaluations_of(tmp_path) == [
+        {"step": 10, "return_mean": 1.5, "normalized_score": 0.25, "update_seconds": 5.0},
+        {"step": 20, "return_mean": 2.5, "update_seconds": 6.0},
+        {"step": 35, "return_mean": 3.5, "update_seconds": 12.0},
+    ]
+    assert studies.evaluations_of(tmp_path / "nothing") == []
 
 
 def test_a_run_is_made_once_and_a_stopped_one_resumed(monkeypatch, tmp_path):
-    """Three calls for a run of 20 updates: the first fails after 10, the second goes on, the third only reads."""
+    """Four calls for a run of 20 updates: the first dies at once, the second after 10, the third goes on, the last reads."""
     called = []
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
 
     def program(command, **options):
-        called.append(command[2:])
-        run_dir = run.folder(tmp_path)
+        called.append(command[1:])
+        assert options["env"]["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path.absolute() / "compiled")
+        run_dir = tmp_path / run.name()
         run_dir.mkdir(exist_ok=True)
-        with (run_dir / "metrics.jsonl").open("a") as file:
-            step = 10 * len(called)
-            file.write(f'{{"step": {step}, "eval/return_mean": 2.0}}\n{{"step": {step + 2}, "time/update": {step}.5}}\n')
-            (run_dir / "checkpoints" / "10").mkdir(parents=True, exist_ok=True)
-        return subprocess.CompletedProcess(command, 1 if len(called) == 1 else 0, "", "out of luck")
+        if len(called) > 1:
+            (run_dir / "args.json").write_text("{}")
+            step = 10 * (len(called) - 1)
+            with (run_dir / "metrics.jsonl").open("a") as file:
+                file.write(f'{{"step": {step}, "train/updates_per_second": 4.0}}\n')
+                file.write(f'{{"step": {step}, "eval/return_mean": 2.0}}\n')
+        return subprocess.CompletedProcess(command, 0 if len(called) == 3 else 143, "", "out of luck")
 
-    run = studies.Run("rosmo_atari", {"env-id": "Pong", "cpu-size": True}, updates=20, evaluations=2)
+    run = Run({}, "rosmo_atari", {"env-id": "Pong", "cpu-size": True}, updates=20, evaluations=2)
     monkeypatch.setattr(studies.subprocess, "run", program)
-    with pytest.raises(InputError, match=r"rosmo_atari__cpu-size=True.* stopped with exit code 1: out of luck"):
-        studies.make(run, tmp_path)
-    assert called[0][:3] == ["--env-id", "Pong", "--cpu-size"] and called[0][3] == "--total-steps"
     for _ in range(2):
-        evaluations = studies.make_all([run], tmp_path, workers=1, title="one")[0]
-        assert [line["step"] for line in evaluations] == [10, 20] and evaluations[0]["update_seconds"] == 8.75
-    assert called[1:] == [["--resume", str(run.folder(tmp_path))]]
+        with pytest.raises(InputError, match=r"rosmo_atari__cpu-size=True.* stopped with exit code 143: out of luck"):
+            studies.make(run, tmp_path)
+    for _ in range(2):
+        evaluations = studies.make(run, tmp_path)
+        assert [(line["step"], line["update_seconds"]) for line in evaluations] == [(10, 2.5), (20, 5.0)]
+    start = [str(studies.ROOT / "rosmo_atari.py"), "--env-id", "Pong", "--cpu-size", "--total-steps", "20"]
+    start += ["--eval-interval", "10", "--run-dir", str(tmp_path / run.name()), "--checkpoint-interval", "10"]
+    assert called == [start, start, [start[0], "--resume", str(tmp_path / run.name())]]
+
+
+# --------------------------------------------------------------------------------------------------------- Many runs
+
+
+def runs_on_catch(seeds, **flags):
+    args = {"env-id": "catch"} | flags
+    return [Run({"task": "catch", "seed": seed}, "rosmo_bsuite", args | {"seed": seed}, 20, 2) for seed in seeds]
+
+
+def made_up(run, folder):
+    common = {"episodes": 32, "update_seconds": 1.5}
+    return [{"step": step, "normalized_score": step / 10 + run.flags["seed"], **common} for step in (10, 20)]
+
+
+def test_a_study_goes_on_from_its_table(monkeypatch, tmp_path, dataset):
+    """Only runs are made whose rows are not there, are not whole, or are of other settings; other rows stay."""
+    made, datasets = [], []
+    monkeypatch.setattr(studies, "make", lambda run, folder: made.append(run.name()) or made_up(run, folder))
+    args, table = studies.Args(results=tmp_path / "results"), tmp_path / "results" / "a.csv"
+
+    def make_all(runs):
+        made.clear()
+        return studies.make_all(runs, args, table, lambda *which: datasets.append(which) or dataset)
+
+    first = runs_on_catch([0, 1])
+    rows = make_all(first)
+    assert made == [run.name() for run in first] and datasets == [("catch", 0.0)]
+    expected = [(seed, step, step / 10 + seed, first[seed].name()) for seed in (0, 1) for step in (10, 20)]
+    assert [(row["seed"], row["step"], row["normalized_score"], row["run"]) for row in rows] == expected
+    assert list(rows[0]) == ["task", "seed", "step", "normalized_score", "episodes", "update_seconds", "run"]
+    text = table.read_text()
+    assert make_all(first) == rows and not made and table.read_text() == text and len(datasets) == 1
+    other = runs_on_catch([1, 2], noise=0.3)
+    assert [row["seed"] for row in make_all(other)] == [1, 1, 2, 2] and made == [run.name() for run in other]
+    assert datasets[1:] == [("catch", 0.3)]
+    assert [(row["run"], row["step"]) for row in read(table)] == [
+        (run.name(), s) for run in first + other for s in ("10", "20")
+    ]
+    table.rename(table.with_name("b.csv"))  # another study's table in the same folder
+    lines = table.with_name("b.csv").read_text().splitlines(keepends=True)
+    table.with_name("b.csv").write_text("".join(lines[:1] + lines[2:]))  # seed 0 has lost its first row
+    table.with_name("c.csv").write_text("game,step\nPong,10\n")  # a table of another kind
+    assert make_all(first) == rows and made == [first[0].name()] and table.read_text() == text
+
+
+def test_what_is_whole_is_in_the_table_when_a_run_fails(monkeypatch, tmp_path, dataset):
+    table = tmp_path / "results" / "a.csv"
+
+    def make(run, folder):
+        if run.flags["seed"] == 2:
+            while not (table.exists() and any(row["seed"] == "1" for row in read(table))):
+                time.sleep(0.01)
+            raise InputError("seed 2 failed")
+        return made_up(run, folder)
+
+    monkeypatch.setattr(studies, "make", make)
+    with pytest.raises(InputError, match="seed 2 failed"):
+        studies.make_all(runs_on_catch(range(4)), studies.Args(results=table.parent), table, lambda *which: dataset)
+    assert [(row["seed"], row["step"]) for row in read(table)][:4] == [("0", "10"), ("0", "20"), ("1", "10"), ("1", "20")]
+    assert "2" not in {row["seed"] for row in read(table)}
+
+
+def test_parts_cover_every_run_once(monkeypatch, tmp_path, dataset):
+    made = []
+    monkeypatch.setattr(studies, "make", lambda run, folder: made.append(run.name()) or made_up(run, folder))
+    monkeypatch.setattr(bsuite_studies, "record_if_missing", lambda task, noise: dataset)
+    args = bsuite_studies.Args(study="coverage", results=tmp_path / "results")
+    for part in range(4):
+        bsuite_studies.main(dataclasses.replace(args, part=part, parts=4))
+    assert len(set(made)) == len(made) == 7 * 3 * 3 * 3 and not (tmp_path / "results").exists()
+    with pytest.raises(InputError, match="from 0 to --parts - 1"):
+        bsuite_studies.main(dataclasses.replace(args, part=4, parts=4))
+
+
+def test_settings_that_do_not_fit_together(tmp_path):
+    table, folder = tmp_path / "a.csv", small_dataset(tmp_path / "old")
+    args = studies.Args(results=tmp_path)
+    with pytest.raises(InputError, match="no reference_returns"):
+        studies.make_all(runs_on_catch([0]), args, table, lambda *which: folder)
+    with pytest.raises(InputError, match="nothing to run"):
+        studies.make_all([], args, table, lambda *which: folder)
+    with pytest.raises(InputError, match="no run has more evaluations than updates"):
+        studies.make_all([runs_on_catch([0])[0]._replace(updates=1)], args, table, lambda *which: folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- Estimates
+
+
+def test_scores(monkeypatch):
+    rows = [{"task": task, "seed": seed, "step": step, "normalized_score": score}
+            for task, seed, scores in (("a", 1, (9, 9, 9, 5, 1)), ("b", 1, (7, 8)), ("a", 0, (4,)), ("b", 0, (0, 0, 2, 6)))
+            for step, score in enumerate(scores)]  # fmt: skip
+    assert studies.scores_of(rows[::-1], ("a", "b")).tolist() == [[4, 4], [3, 8]]  # the last 2 of 5, 1 of 2, 1, 2 of 4
+    assert studies.scores_of(rows, ("b",), len).tolist() == [[4], [2]]
+    monkeypatch.setattr(studies, "BOOTSTRAPS", 200)
+    scores = np.array([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0], [3.0, 100.0]])
+    estimates = studies.interval_estimates({"all": scores, "alone": scores[:, :1]})
+    assert estimates["all"][0] == pytest.approx((2 + 3 + 10 + 11) / 4) and estimates["alone"][0] == pytest.approx(1.5)
+    for middle, low, high in estimates.values():
+        assert low < middle < high
+    assert estimates == studies.interval_estimates({"all": scores, "alone": scores[:, :1]})
+
+
+def test_table_and_figure(monkeypatch, tmp_path, capsys, dataset, figures):
+    """Scores that grow with coverage, by method, task and seed, in the last two evaluations of five."""
+    base = {"ROSMO": 0.0, "one-step, no regularisation": 1.0, "MuZero Unplugged": 2.0}
+    tasks = {"catch": 0.0, "cartpole": 0.1, "mountain_car": 0.5}
+
+    def make(run, folder):
+        assert folder == tmp_path / "runs"
+        last = (
+            base[run.columns["method"]] + tasks[run.flags["env-id"]] + run.flags["data-fraction"] + 0.01 * run.flags["seed"]
+        )
+        scores = (-9.0, -9.0, -9.0, last, last + 0.2)
+        steps = np.arange(1, 6) * (run.updates // 5)
+        return [{"step": int(step), "normalized_score": score} for step, score in zip(steps, scores, strict=True)]
+
+    monkeypatch.setattr(studies, "make", make)
+    monkeypatch.setattr(studies, "BOOTSTRAPS", 50)
+    monkeypatch.setattr(bsuite_studies, "record_if_missing", lambda task, noise: dataset)
+    args = bsuite_studies.Args(study="coverage", results=tmp_path, runs=tmp_path / "runs")
+    bsuite_studies.main(args)
+    assert len(read(tmp_path / "bsuite_coverage.csv")) == 7 * 3 * 3 * 3 * 5
+    assert (tmp_path / "bsuite_coverage.png").stat().st_size > 10_000
+    # 9 scores above method and coverage: 0, .01, .02, .1, .11, .12, .5, .51, .52; their middle half is .02 to .5.
+    middle = np.mean([0.02, 0.1, 0.11, 0.12, 0.5])
+    xs, lines = STUDIES["coverage"][0], capsys.readouterr().out.splitlines()
+    assert "| fraction of the episodes | 0.01 | 0.02 | 0.05 | 0.1 | 0.2 | 0.5 | 1 |" in lines
+    for method, value in base.items():
+        (line,) = (line for line in lines if line.startswith(f"| {method} |"))
+        means = [float(cell.split("[")[0]) for cell in line.split("|")[2:-1]]
+        np.testing.assert_allclose(means, value + np.array(xs) + 0.1 + middle, atol=0.006)
+    panels = {axis.get_title(): axis for axis in figures[0].axes}
+    assert list(panels) == ["all", *tasks]
+    for title, above in {"all": middle, "catch": 0.01, "cartpole": 0.11, "mountain_car": 0.51}.items():
+        drawn = {bars.get_label(): bars.lines[0].get_xydata() for bars in panels[title].containers}
+        assert list(drawn) == list(base)
+        for method, value in base.items():
+            np.testing.assert_allclose(drawn[method][:, 0], xs, rtol=0.04)
+            np.testing.assert_allclose(drawn[method][:, 1], value + np.array(xs) + 0.1 + above)
+
+
+def test_a_level_to_compare_with(monkeypatch, tmp_path, figures):
+    monkeypatch.setattr(studies, "BOOTSTRAPS", 50)
+    some = [("level", None, 9), ("line", 0.0, 0), ("line", 4.0, 4)]
+    rows = [
+        {"method": method, "x": x, "task": "a", "seed": seed, "step": 1, "normalized_score": base + seed}
+        for method, x, base in some
+        for seed in (0, 1, 5)
+    ]
+    drawn = studies.draw(rows, ("a",), "x", tmp_path / "a.png")
+    assert drawn["level"][0] == pytest.approx([11, 9.2, 13.6], abs=0.5) and drawn["line"][:, 0].tolist() == [2, 6]
+    axis = figures[0].axes[0]
+    assert axis.lines[0].get_ydata() == [11, 11] and axis.get_xlabel() == "x" and axis.get_xscale() == "linear"
+    assert axis.containers[0].lines[0].get_xydata().tolist() == [[0, 2], [pytest.approx(4, rel=0.03), 6]]
+    bars = axis.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose([bar[:, 1] for bar in bars], drawn["line"][:, 1:])
+
+
+# ---------------------------------------------------------------------------------------------------------- Programs
+
+
+def test_scores_of_a_script(monkeypatch, tmp_path, capsys, dataset):
+    played = []
+
+    class OneStep:
+        """Pays its only action."""
+
+        def reset(self):
+            return dm_env.restart(None)
+
+        def step(self, action):
+            played.append(action)
+            return dm_env.termination(float(action), None)
+
+    curves = {0: (0.1, 0.9, 0.5), 1: (0.2, 0.3, 1.0), 2: (0.3, 0.4, 0.89)}
+
+    def make(run, folder):
+        assert run[1:] == ("muzero_unplugged_bsuite", {"env-id": "catch", "seed": run.flags["seed"]}, 300, 3)
+        return [
+            {
+                "step": 100 * (i + 1),
+                "return_mean": 2 * score,
+                "normalized_score": score,
+                "update_seconds": 10.0 ** (i + seed),
+            }
+            for seed in [run.flags["seed"]]
+            for i, score in enumerate(curves[seed])
+        ]
+
+    monkeypatch.setattr(studies, "make", make)
+    monkeypatch.setattr(bsuite_scores, "record_if_missing", lambda task, noise: dataset)
+    monkeypatch.setattr(bsuite_scores, "default_folder", lambda task, noise: dataset)
+    monkeypatch.setattr(bsuite_scores, "make_environment", lambda task, seed: OneStep())
+    args = bsuite_scores.Args(
+        script="muzero_unplugged_bsuite", tasks=("catch",), updates=300, evaluations=3, results=tmp_path
+    )
+    for _ in range(2):  # made, and read from the table
+        bsuite_scores.main(args)
+        line = capsys.readouterr().out.splitlines()[-1]
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert cells[0] == "catch" and cells[2] == "0.00"
+        assert len(played) == 100 and set(played) == {0, 1, 2} and cells[1] == f"{np.mean(played):.2f}"
+        played.clear()
+        assert cells[3:] == ["1.59 ± 0.43", "0.500, 1.000, 0.890", "200, 300, never", "1000 s"]
+        monkeypatch.setattr(studies, "make", None)
+    rows = read(tmp_path / "bsuite_scores.csv")
+    assert [(row["seed"], row["step"]) for row in rows] == [(s, n) for s in "012" for n in ("100", "200", "300")]
+
+
+def test_throughput(monkeypatch, capsys, catch_dataset):
+    monkeypatch.setattr(throughput, "REPEATS", 1)
+    monkeypatch.setattr(throughput, "BSUITE_UPDATES", 4)
+    flags = ["--data-dir", str(catch_dataset), "--updates-per-call", "2", *small_flags(rosmo_bsuite)]
+    throughput.main("rosmo_bsuite", flags)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"rosmo_bsuite {' '.join(flags)}" and lines[1].startswith("batch 16, float32")
+    found = {line[:20].strip(): line[20:].split()[0] for line in lines[2:]}
+    assert found["steps of data"] == "2000" and float(found["updates per second"]) > 1
+    assert float(found["one update"]) == pytest.approx(1e3 / float(found["updates per second"]), rel=0.02)
+    with pytest.raises(InputError, match="did you mean 'catch'"):
+        throughput.main("rosmo_bsuite", ["--env-id", "cach"])
+    with pytest.raises(InputError, match="there is no script x"):
+        throughput.main("x", [])
+
+
+def test_convert_atari(tmp_path, capsys):
+    convert_atari.main(convert_atari.Args(steps=40, folder=tmp_path))
+    assert capsys.readouterr().out.splitlines()[-2].startswith("40 steps of ")
+    assert not list(tmp_path.iterdir())

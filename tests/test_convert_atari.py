@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -18,9 +19,10 @@ import numpy as np
 import pytest
 from tfrecord import example_pb2
 
-from data import convert_atari
-from data.convert_atari import Args, Subset, convert, export_minari, parse_shards
+from data import dqn_replay, minari_datasets, rl_unplugged
+from data.convert_atari import FILES, OPEN, Args, convert, parse_shards, subset
 from data.dataset import FIELDS, InputError, open_dataset, write_dataset
+from data.minari_datasets import export_minari
 from data.tfrecords import masked_crc, read_records
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -55,15 +57,18 @@ def assert_equals(folder, truth):
 
 @pytest.mark.parametrize("source", [RAW, TFDS])
 def test_rl_unplugged_equals_what_tensorflow_datasets_reads(tmp_path, source):
-    data = assert_equals(convert(breakout(tmp_path / "new", source)), fixture_episodes())
+    data = assert_equals(convert(breakout(tmp_path / "new", source, percentage=100.0, max_episodes=99)), fixture_episodes())
     assert data.is_terminal.sum() < data.is_last.sum()  # the fixture has episodes that are cut off
+    files = sorted(file for file in source.rglob("*") if file.is_file() and file.suffix != ".json")
     assert {
-        "benchmark": "atari",
-        "num_actions": 4,
-        "sticky_actions": 0.25,
-        "rewards_clipped": True,
+        **{"benchmark": "atari", "env_id": "Breakout", "num_actions": 4, "sticky_actions": 0.25, "rewards_clipped": True},
+        **{"source": "RL Unplugged, recorded while a DQN learns", "files": [file.name for file in files]},
+        **{"percentage": 100.0, "max_episodes": 99, "observation_shape": [84, 84]},
+        **{"reference_returns": {"random": 1.33, "online_dqn": 157.86}},
     }.items() <= data.meta.items()
-    assert len(data.meta["files"]) == 3
+    name = "tfds" if source == TFDS else "rl_unplugged"
+    estimate = OPEN[name]([file for file in files if FILES[name].fullmatch(file.name)])
+    assert estimate.steps == pytest.approx(len(data.action), rel=0.3) and estimate.length == 238
 
 
 def test_dqn_replay_equals_what_dopamine_was_given(tmp_path):
@@ -74,7 +79,8 @@ def test_dqn_replay_equals_what_dopamine_was_given(tmp_path):
         assert np.array_equal(getattr(data, field)[~data.is_last], truth[field]), field
     last = np.flatnonzero(data.is_last)
     assert np.array_equal(data.observation[last], data.observation[last - 1])
-    assert data.is_terminal[last].all() and data.meta["sticky_actions"] == 0.25
+    assert data.is_terminal[last].all() and data.meta["sticky_actions"] == 0.25 and "rewards_clipped" not in data.meta
+    assert data.meta["reference_returns"] == {"random": 1.33, "online_dqn": 157.86}
 
 
 @pytest.mark.parametrize(
@@ -103,10 +109,9 @@ def test_single_files(tmp_path):
 
 def test_percentages_are_spread_evenly():
     for percentage in (0.1, 1, 10, 33.3, 70, 100):
-        subset = Subset(percentage, None)
-        taken = np.flatnonzero([subset.take() for _ in range(10_000)])
-        assert len(taken) == round(100 * percentage) == subset.taken
-        assert np.ptp(np.diff(taken)) <= 1
+        taken = list(subset(range(10_000), percentage, None))
+        assert len(taken) == round(100 * percentage) and np.ptp(np.diff(taken)) <= 1
+    assert list(subset(iter(range(10)), 50, 3)) == [1, 3, 5]
 
 
 def write_checkpoint(folder, number, observation, action, reward, terminal, add_count=None):
@@ -139,6 +144,21 @@ def test_a_checkpoints_edge_cuts_an_episode(tmp_path):
     assert np.array_equal(data.observation, columns[0][rows])
     assert np.flatnonzero(data.is_last).tolist() == [9, 17, 27] and np.flatnonzero(data.is_terminal).tolist() == [9, 27]
     assert data.reward.tolist() == [1] * 9 + [0] + [1] * 7 + [0] + [1] * 9 + [0]
+
+
+def test_padding_is_three_rows_of_zeros(tmp_path):
+    columns = replay_rows(20, [9, 19])
+    columns[0][0:4] = columns[0][10:12] = columns[1][0:4] = columns[1][10:11] = 0
+    data = open_dataset(convert(breakout(tmp_path / "new", write_checkpoint(tmp_path / "dqn", 0, *columns))))
+    rows = [*range(3, 10), 9, *range(11, 20), 19]  # the fourth is a black frame; so is the second where there is an action
+    assert np.array_equal(data.observation, columns[0][rows])
+
+
+def test_episodes_that_are_too_long_to_be_true(tmp_path, monkeypatch):
+    for module, source, sentence in ((dqn_replay, DQN, "more than 5 steps"), (rl_unplugged, RAW, "are no episode")):
+        monkeypatch.setattr(module, "LONGEST", 5)
+        with pytest.raises(InputError, match=sentence):
+            convert(breakout(tmp_path / "new", source))
 
 
 @pytest.mark.parametrize(
@@ -179,15 +199,15 @@ def edit(path, old, new):
         (RAW, lambda s: flip_a_bit(one(s, "*00001-of*"), 90_000), r"run_1-00001-of-00003 is damaged .* at record \d"),
         (RAW, lambda s: flip_a_bit(one(s, "*00001-of*"), -3), r"run_1-00001-of-00003 is damaged .* at record 4"),
         (RAW, lambda s: cut(one(s, "*00002-of*"), 0), r"run_1-00002-of-00003 holds no episode"),
-        (RAW, lambda s: one(s, "*00001-of*").unlink(), r"run_1-00001-of-00003 is missing; --shards"),
-        (RAW, lambda s: one(s, "*00002-of*").unlink(), r"run_1-00002-of-00003 is missing; --shards"),
+        (RAW, lambda s: one(s, "*00001-of*").unlink(), r"Breakout lacks shard 1; --shards converts a part"),
+        (RAW, lambda s: one(s, "*00002-of*").unlink(), r"Breakout lacks shard 2; --shards converts a part"),
         (RAW, lambda s: (s / "Breakout").rename(s / "Pong"), r"run_1-00000-of-00003 is of Pong, not of Breakout"),
         (RAW, lambda s: shutil.rmtree(s / "Breakout"), r"holds no files of a known format"),
         (RAW, lambda s: one(s, "*02-of*").rename(s / "run_2-00000-of-00001"), r"several datasets .*run 2"),
         (TFDS, lambda s: cut(one(s, "*_01.tf*"), 90_000), r"checkpoint_01\.tfrecord-00000-of-00001 is damaged .* record \d"),
         (TFDS, lambda s: flip_a_bit(one(s, "*_01.tf*"), 90_000), r"checkpoint_01\.tfrecord-00000-of-00001 is damaged"),
-        (TFDS, lambda s: one(s, "*_01.tf*").unlink(), r"checkpoint_01\.tfrecord-00000-of-00001 is missing"),
-        (TFDS, lambda s: one(s, "*_02.tf*").unlink(), r"checkpoint_02\.tfrecord-00000-of-00001 is missing"),
+        (TFDS, lambda s: one(s, "*_01.tf*").unlink(), r"1\.1\.0 lacks shard 1; --shards"),
+        (TFDS, lambda s: one(s, "*_02.tf*").unlink(), r"1\.1\.0 lacks shard 2; --shards"),
         (TFDS, lambda s: one(s, "features.json").unlink(), r"holds 0 datasets"),
         (TFDS, lambda s: edit(one(s, "features.json"), '"png"', '"jpeg"'), r"not PNG images, but jpeg"),
         (TFDS, lambda s: edit(one(s, "dataset_info.json"), "Breakout_run", "Pong_run"), r"is of Pong, not of Breakout"),
@@ -199,7 +219,7 @@ def edit(path, old, new):
         (DQN, lambda s: flip_a_bit(one(s, "*action_ckpt.0.gz"), -6), r"action_ckpt.0.gz is damaged"),
         (DQN, lambda s: cut(one(s, "*terminal_ckpt.1.gz"), 0), r"terminal_ckpt.1.gz is damaged"),
         (DQN, lambda s: one(s, "*reward_ckpt.1.gz").unlink(), r"reward_ckpt.1.gz is missing"),
-        (DQN, lambda s: one(s, "*observation_ckpt.0.gz").unlink(), r"observation_ckpt.0.gz is missing"),
+        (DQN, lambda s: one(s, "*observation_ckpt.0.gz").unlink(), r"source lacks shard 0; --shards"),
         (DQN, lambda s: shutil.copy(one(s, "*reward_ckpt.1.gz"), one(s, "*reward_ckpt.0.gz")), r"ckpt.0.gz holds uint8"),
     ],
 )
@@ -247,7 +267,7 @@ def set_image(image):
         (set_image(b""), r"record 1, step 7: the observation is no image"),
         (
             lambda feature: feature["actions"].int64_list.value.__setitem__(5, 4),
-            r"record 1: .* actions 0 to 3, but here is 4",
+            r"record 1: actions are from 0 to 3, but here is 4",
         ),
         (lambda feature: feature["actions"].int64_list.value.pop(), r"record 1: 10 observations, 9 actions"),
         (lambda feature: feature.pop("discounts"), r"record 1: the record is no episode of RL Unplugged"),
@@ -266,9 +286,21 @@ def test_episodes_that_do_not_fit_are_refused(tmp_path, change, sentence):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_episodes_without_a_step_are_passed_over(tmp_path):
+    def shorten(feature):
+        for name in ("observations", "actions", "clipped_rewards", "discounts"):
+            values = getattr(feature[name], feature[name].WhichOneof("kind")).value
+            del values[1:]
+
+    shutil.copytree(RAW, tmp_path / "source")
+    rewrite(one(tmp_path / "source", "run_1-00001*"), shorten)
+    kept = [i for i in range(12) if i != 5]
+    assert_equals(convert(breakout(tmp_path / "new", tmp_path / "source")), fixture_episodes(kept))
+
+
 def test_another_games_actions_are_refused(tmp_path):
     shutil.copytree(DQN, tmp_path / "source")
-    with pytest.raises(InputError, match=r"row 0: Freeway has actions 0 to 2, but here is 3"):
+    with pytest.raises(InputError, match=r"row 0: actions are from 0 to 2, but here is 3"):
         convert(Args("Freeway", source=(tmp_path / "source",), out=tmp_path / "new"))
     with pytest.raises(InputError, match="Breakout"):
         convert(Args("Brekout", source=(RAW,), out=tmp_path / "new"))
@@ -281,12 +313,13 @@ def test_another_games_actions_are_refused(tmp_path):
         ({"source": (FIXTURES / "rlu_breakout",)}, "several datasets"),
         ({"source": (RAW,), "format": "tfds"}, "no files of tfds"),
         ({"source": (RAW,), "run": 2}, "no files of a known format"),
-        ({"source": (RAW,), "shards": ("3",)}, "run_1-00003-of-00003 is missing"),
-        ({"source": (DQN,), "shards": ("12",)}, r"observation_ckpt\.12\.gz is missing"),
+        ({"source": (RAW,), "shards": ("3",)}, "Breakout lacks shard 3$"),
+        ({"source": (DQN,), "shards": ("12",)}, "dqn_replay_breakout lacks shard 12$"),
         ({"source": (RAW,), "shards": ("2-1",)}, "numbers and ranges"),
         ({"source": (RAW,), "shards": ("all",)}, "numbers and ranges"),
         ({"source": (RAW,), "percentage": 0.0}, "above 0 and at most 100"),
-        ({"source": (RAW,), "percentage": 1.0}, "none of the 12 episodes is left"),
+        ({"source": (RAW,), "percentage": 100.1}, "above 0 and at most 100"),
+        ({"source": (RAW,), "percentage": 1.0}, "no episode is left"),
         ({"source": (RAW,), "max_episodes": 0}, "at least 1"),
         ({}, "--source, or a run of RL Unplugged"),
     ],
@@ -306,17 +339,11 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     convert(breakout(tmp_path / "new", DQN, max_episodes=1))
 
 
-def run_program(*arguments, **options):
-    command = [sys.executable, "-m", "data.convert_atari", *map(str, arguments)]
-    return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, **options)
-
-
 def test_the_program(tmp_path):
-    result = run_program("--env-id", "Breakout", "--source", RAW, "--out", tmp_path / "new", "--max-episodes", 2)
-    assert result.returncode == 0 and "2 episodes, 248 steps, mean return 1.000" in result.stdout
-    result = run_program("--env-id", "Pong", "--source", RAW, "--out", tmp_path / "pong")
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
-    assert "is of Breakout, not of Pong" in result.stderr and "Traceback" not in result.stderr
+    flags = ["--env-id", "Breakout", "--source", str(RAW), "--out", str(tmp_path / "new"), "--max-episodes", "2"]
+    options = {"cwd": Path(__file__).parent.parent, "capture_output": True, "text": True, "timeout": 120}
+    result = subprocess.run([sys.executable, "-m", "data.convert_atari", *flags], **options)
+    assert result.returncode == 0 and "248 steps; returns: episodes 2, mean 1, min" in result.stdout
 
 
 def test_a_killed_conversion_leaves_no_dataset_and_the_next_one_is_whole(tmp_path):
@@ -334,7 +361,8 @@ def test_a_killed_conversion_leaves_no_dataset_and_the_next_one_is_whole(tmp_pat
         original, DatasetWriter.add_episode = DatasetWriter.add_episode, add_episode
         convert(Args("Breakout", source=(Path({str(RAW)!r}),), out=Path({str(tmp_path / "new")!r})))
     """)
-    result = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": "."}, capture_output=True)
+    options = {"env": os.environ | {"PYTHONPATH": "."}, "capture_output": True, "timeout": 120}
+    result = subprocess.run([sys.executable, "-c", program], **options)
     assert result.returncode == -signal.SIGKILL
     (leftover,) = tmp_path.iterdir()
     assert leftover.name.startswith(".new.partial-")
@@ -362,6 +390,7 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         if not match:
             self.send_error(404)
             return
+        assert self.headers["Accept-Encoding"] == "gzip"  # else the real bucket sends shards unpacked
         body = (RAW / match[1] / f"{match[2]}-00003").read_bytes()
         start = int(self.headers["Range"][6:-1]) if self.ranges and "Range" in self.headers else 0
         self.send_response(206 if start else 200)
@@ -380,18 +409,19 @@ class Bucket(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    monkeypatch.setattr(convert_atari, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(rl_unplugged, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(rl_unplugged, "SHARD_STEPS", 500)
     handler = type("Handler", (Bucket,), {"gets": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         handler.url = f"http://127.0.0.1:{server.server_port}"
         yield handler
         server.shutdown()
 
 
 def download(tmp_path, bucket, **settings):
-    settings = {"run": 1, "shards": ("0-2",), "base_url": bucket.url} | settings
-    return convert(Args("Breakout", out=tmp_path / "new", download_dir=tmp_path / "downloads", **settings))
+    settings = {"env_id": "Breakout", "run": 1, "shards": ("0-2",), "base_url": bucket.url} | settings
+    return convert(Args(out=tmp_path / "new", download_dir=tmp_path / "downloads", **settings))
 
 
 def downloaded(tmp_path):
@@ -415,14 +445,19 @@ def test_download(tmp_path, bucket, ranges, drops):
 
 def test_a_download_is_not_begun_without_room_for_the_dataset(tmp_path, bucket, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
-    with pytest.raises(InputError, match=r"new needs about 0\.0\d+ GB, and 0\.002 GB are free there: take less"):
-        download(tmp_path, bucket)
-    assert len(bucket.gets) == 1  # the first shard told how much it is
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    with pytest.raises(InputError, match=r"downloads needs about 0\.000284 GB, and 0\.0001 GB are free there"):
-        download(tmp_path, bucket)
-    assert len(bucket.gets) == 1
+    monkeypatch.setattr(rl_unplugged, "SHARD_STEPS", 1_000_000)
+    for free, settings, sentence in [
+        (21e9, {}, r"new needs about 21\.2 GB, and 21 GB are free there: take less by --shards or --percentage"),
+        (21e9, {"percentage": 200 / 3}, None),
+        (2e6, {"shards": ("1",), "percentage": 0.01}, None),
+        (7e5, {"shards": ("1",), "percentage": 0.01}, r"new needs about 0\.000\d+ GB, .*free"),
+        (1e5, {"max_episodes": 1}, r"downloads needs about 0\.000486 GB, and 0\.0001 GB are free there"),
+    ]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        if sentence is not None:
+            with pytest.raises(InputError, match=sentence):
+                download(tmp_path, bucket, **settings)
+            assert bucket.gets == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_broken_download_goes_on_where_it_stopped(tmp_path, bucket):
@@ -430,14 +465,23 @@ def test_a_broken_download_goes_on_where_it_stopped(tmp_path, bucket):
     folder = tmp_path / "downloads" / "Breakout"
     folder.mkdir(parents=True)
     (folder / f"{name}.partial").write_bytes(WHOLE[name][:50_000])
+    (folder / name).write_bytes(b"something else")
     assert_equals(download(tmp_path, bucket, shards=("1",)), fixture_episodes(range(4, 8)))
     assert bucket.gets == ["un_1-00001-of-00050 bytes=50000-"] and downloaded(tmp_path) == {name: WHOLE[name]}
 
 
-def test_a_download_that_never_ends(tmp_path, bucket, monkeypatch):
-    monkeypatch.setattr(convert_atari, "RETRIES", 2)
-    monkeypatch.setattr(bucket, "do_GET", lambda self: self.connection.close())
-    with pytest.raises(InputError, match=r"00000-of-00050 stopped at byte 0 of 201699: .*; the same command goes on"):
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda self: self.connection.close(), ""),
+        (lambda self: time.sleep(2), "timed out"),
+    ],
+)
+def test_a_download_that_never_ends(tmp_path, bucket, monkeypatch, answer, reason):
+    monkeypatch.setattr(rl_unplugged, "RETRIES", 2)
+    monkeypatch.setattr(rl_unplugged, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(bucket, "do_GET", answer)
+    with pytest.raises(InputError, match=rf"00000-of-00050 stopped at byte 0 of 201699: .*{reason}; the same command"):
         download(tmp_path, bucket)
     assert downloaded(tmp_path) == {"run_1-00000-of-00050.partial": b""} and not (tmp_path / "new").exists()
 
@@ -445,10 +489,14 @@ def test_a_download_that_never_ends(tmp_path, bucket, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"run": 6}, r"run_6-00000-of-00050 cannot be had: 404 .*; check --env-id, --run and --shards"),
-        ({"shards": ("0", "50")}, r"run_1-00050-of-00050 cannot be had: 404"),
-        ({"base_url": "http://127.0.0.1:1"}, r"http://127.0.0.1:1/.* cannot be reached: .*refused"),
-        ({"base_url": "http://no.such.host.invalid"}, r"cannot be reached"),
+        ({"run": 6}, r"run_6-00000-of-00050 cannot be had: .*404.*; check --env-id, --run and --shards"),
+        ({"shards": ("0", "50")}, r"run_1-00050-of-00050 cannot be had: .*404"),
+        ({"base_url": "http://127.0.0.1:1"}, r"http://127.0.0.1:1/.* cannot be had: .*refused"),
+        ({"base_url": "http://no.such.host.invalid"}, r"cannot be had"),
+        ({"env_id": "Carnival", "shards": ()}, r"Carnival/run_1-00000-of-00049 cannot"),
+        ({"env_id": "Gravitar", "shards": ()}, r"Gravitar/run_1-00000-of-00049 cannot"),
+        ({"env_id": "StarGunner", "shards": ()}, r"StarGunner/run_1-00000-of-00049 cannot"),
+        ({"env_id": "Brekout"}, "did you mean 'Breakout'"),
     ],
 )
 def test_nothing_to_download(tmp_path, bucket, settings, sentence):
@@ -470,12 +518,17 @@ def test_minari_both_ways(tmp_path, minari_store):
     dataset = minari_store.load_dataset("atari/breakout/dqn-v0")
     assert (dataset.total_episodes, dataset.total_steps) == (3, 238 + 10 + 121 - 3)
     episode = dataset[1]
-    assert episode.observations.shape == (10, 84, 84) and not episode.terminations.any() and episode.truncations[-1]
+    assert episode.observations.shape == (10, 84, 84) and not episode.terminations.any()
+    assert np.flatnonzero(episode.truncations).tolist() == [8] and np.flatnonzero(dataset[0].terminations).tolist() == [236]
+    metadata = dataset.storage.metadata
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (1.33, 157.86)
+    assert metadata["description"] == "Breakout: RL Unplugged, recorded while a DQN learns"
     by_path = convert(breakout(tmp_path / "by_path", folder))
     by_name = convert(breakout(tmp_path / "by_name", Path("atari/breakout/dqn-v0"), format="minari"))
     for path in (by_path, by_name):
         data = assert_equals(path, fixture_episodes(range(3)))
         assert data.meta["source"] == "Minari, atari/breakout/dqn-v0" and data.meta["benchmark"] == "atari"
+        assert data.meta["reference_returns"] == {"random": 1.33, "online_dqn": 157.86}
     with pytest.raises(InputError, match="no shards with numbers"):
         convert(breakout(tmp_path / "new", folder, shards=("0",)))
     assert_equals(convert(breakout(tmp_path / "second", folder, percentage=50.0)), fixture_episodes([1]))
@@ -491,7 +544,7 @@ def test_minari_both_ways(tmp_path, minari_store):
     assert not (tmp_path / "new").exists()
 
 
-def make_minari(minari, name, observations, space, **settings):
+def make_minari(minari, name, observations, space, **metadata):
     from gymnasium.spaces import Discrete
     from minari.data_collector import EpisodeBuffer
 
@@ -502,15 +555,15 @@ def make_minari(minari, name, observations, space, **settings):
         )
         for o in observations
     ]
-    minari.create_dataset_from_buffers(
-        name, buffers, observation_space=space, action_space=Discrete(3), jpeg_encoding=False, **settings
-    )
+    spaces = {"observation_space": space, "action_space": Discrete(3)}
+    dataset = minari.create_dataset_from_buffers(name, buffers, jpeg_encoding=False, **spaces)
+    dataset.storage.update_metadata(metadata)
     return Path(os.environ["MINARI_DATASETS_PATH"]) / name
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("shape", [(4, 84, 84), (84, 84, 4), (84, 84, 1)])
-def test_minari_stacks_and_vectors(tmp_path, minari_store, shape):
+def test_minari_stacks(tmp_path, minari_store, shape):
     from gymnasium.spaces import Box
 
     observations = np.random.default_rng(0).integers(0, 256, (2, 6, *shape), np.uint8)
@@ -518,12 +571,29 @@ def test_minari_stacks_and_vectors(tmp_path, minari_store, shape):
     data = open_dataset(convert(Args("Freeway", source=(folder,), out=tmp_path / "stacked")))
     newest = observations[:, :, -1] if shape[0] == 4 else observations[..., -1]
     assert np.array_equal(data.observation, newest.reshape(12, 84, 84)) and data.is_terminal.sum() == 2
+    assert data.meta["reference_returns"] == {"random": 0.0, "online_dqn": 26.76}  # the table's: it has none of its own
 
-    vectors = np.random.default_rng(0).normal(size=(2, 6, 7))
-    folder = make_minari(minari_store, "vectors-v0", vectors, Box(-np.inf, np.inf, (7,), np.float64))
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_minari_vectors(tmp_path, minari_store, capsys):
+    from gymnasium.spaces import Box
+
+    vectors, box = np.random.default_rng(0).normal(size=(2, 6, 7)), Box(-np.inf, np.inf, (7,), np.float64)
+    folder = make_minari(minari_store, "vectors-v0", vectors, box, ref_min_score=-3.5, ref_max_score=20.0)
     data = open_dataset(convert(Args("anything", source=(folder,), out=tmp_path / "vectors")))
+    assert f"needs about {12 * (7 * 4 + 11) / 1e9:.3g} GB" in capsys.readouterr().out
     assert np.array_equal(data.observation, vectors.reshape(12, 7).astype(np.float32))
-    assert data.meta["num_actions"] == 3 and data.meta["env_id"] == "anything" and data.meta["benchmark"] == "minari"
+    assert data.action.tolist() == [0, 1, 2, 0, 1, 0] * 2 and data.reward.tolist() == [1, 1, 1, 1, 1, 0] * 2
+    assert {
+        **{"num_actions": 3, "env_id": "anything", "benchmark": "minari", "observation_shape": [7]},
+        **{"reference_returns": {"random": -3.5, "online_dqn": 20.0}},
+    }.items() <= data.meta.items()
+
+    folder = make_minari(minari_store, "unknown-v0", vectors, box, ref_min_score=None)
+    unknown = convert(Args("anything", source=(folder,), out=tmp_path / "unknown"))
+    assert "reference_returns" not in open_dataset(unknown).meta
+    export_minari(unknown, "again-v0")
+    assert "ref_min_score" not in minari_store.load_dataset("again-v0").storage.metadata
 
     images = np.zeros((1, 6, 64, 64), np.uint8)
     folder = make_minari(minari_store, "images-v0", images, Box(0, 255, (64, 64), np.uint8))
@@ -540,7 +610,7 @@ def test_without_minari(tmp_path, monkeypatch):
 def test_an_interrupted_export_leaves_nothing(tmp_path, minari_store, monkeypatch):
     with write_dataset(tmp_path / "ours", env_id="catch", num_actions=3) as writer:
         writer.add_episode(np.zeros((3, 10, 5), np.float32), np.zeros(2), np.zeros(2), terminal=True)
-    monkeypatch.setattr(convert_atari, "tqdm", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(minari_datasets, "tqdm", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export_minari(tmp_path / "ours", "catch-v0")
     assert list((tmp_path / "minari").iterdir()) == []

@@ -36,8 +36,10 @@ class Case(NamedTuple):
     def batch(self, i: int) -> Any:
         """Update i's windows; the authors' have one step more than T on BSuite, which they do not use."""
         window = self.model.args.unroll_steps + self.model.args.bootstrap_steps + 1
-        fields = {field: jnp.asarray(self.golden[field][i, :, :window]) for field in self.script.Steps._fields}
-        return self.script.Steps(**fields | {"is_first": fields["is_first"] == 1, "is_last": fields["is_last"] == 1})
+        fields = ("observation", "action", "reward", "is_first", "is_last")
+        arrays = [jnp.asarray(self.golden[field][i, :, :window]) for field in fields]
+        is_first, is_last = (array == 1 for array in arrays[3:])
+        return self.script.Steps(*arrays[:3], is_first, is_last, is_terminal=is_last)
 
     def with_same_randomness(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Replaces what is random by what the golden files have: actions after an episode's end, and searches."""

@@ -1,0 +1,1 @@
+"""Programs that measure the training scripts, and what they measured, in results/."""
