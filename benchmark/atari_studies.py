@@ -114,7 +114,7 @@ def draw_comparison(args: Args, rows: list[dict], path: Path) -> None:
         axis.set_visible(False)
     for axis, (title, games, unit) in zip(axes.flat, panels, strict=False):
         for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-            mine = [row for row in rows if row["method"] == method and row["task"] in games]
+            mine = [row for row in rows if row["method"] == method]
             steps = sorted({row["step"] for row in mine})
             at = {step: [row for row in mine if row["step"] == step] for step in steps}
             scores = [studies.scores_of(at[step], games, lambda run: run[0]["normalized_score"]) for step in steps]

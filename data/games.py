@@ -31,8 +31,7 @@ def check_game(env_id: str) -> None:
     """Raises InputError for an unknown game, with the closest known one."""
     if env_id not in games():
         known = {game.lower(): game for game in games()}
-        name = env_id.lower().replace("_", "").replace("-", "").removeprefix("ale/")
-        closest = known[difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]]
+        closest = known[difflib.get_close_matches(env_id.lower(), known, n=1, cutoff=0.0)[0]]
         raise InputError(f"there is no Atari game {env_id!r}; did you mean {closest!r}?")
 
 

@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 def pytest_configure(config):
     """One compilation cache for all processes of a run of the suite. (Only with a limit of its size does JAX lock it.)"""
-    if not hasattr(config, "workerinput"):
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compilation_cache = tempfile.mkdtemp(prefix="compilation_cache_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilation_cache
         os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**31)

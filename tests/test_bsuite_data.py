@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from data import record_bsuite
+from data import record_bsuite, tfrecords
 from data.convert_bsuite import convert
 from data.dataset import InputError, open_dataset
 from data.record_bsuite import (
@@ -24,7 +24,7 @@ from data.record_bsuite import (
     record,
     record_if_missing,
 )
-from data.tfrecords import masked_crc
+from data.tfrecords import masked_crc, step_arrays
 
 FIXTURES = Path(__file__).parent / "fixtures" / "bsuite_tfds"  # written by TensorFlow Datasets' own RLDS builder
 
@@ -66,9 +66,9 @@ def test_recording_with_noise_is_the_same_for_the_same_seed(tmp_path):
 def test_dqn_learns_by_the_bellman_equation():
     agent, random, optimizer = DQN((2,), 3, seed=0), np.random.default_rng(0), optax.adam(1e-3)
     network = QNetwork(3, (64, 64))
-    state = jax.tree.map(jnp.copy, agent._state)
-    params = target = agent._state[0]
-    optimizer_state, seen = optimizer.init(params), []
+    params, target = agent._state[0], network.init(jax.random.key(7), jnp.zeros((1, 2)))
+    state = jax.tree.map(jnp.copy, (params, target, *agent._state[2:]))
+    optimizer_state, seen = optimizer.init(params), {}
 
     @jax.jit
     def learn(params, target, optimizer_state, batch):
@@ -80,12 +80,12 @@ def test_dqn_learns_by_the_bellman_equation():
         updates, optimizer_state = optimizer.update(jax.grad(loss)(params), optimizer_state)
         return optax.apply_updates(params, updates), optimizer_state
 
-    for count in range(110):  # it waits for 100 transitions, and copies the parameters every 4
+    for count in range(97, 110):  # it waits for 100 transitions, and copies the parameters every 4
         observations, reward = random.normal(size=(2, 2)).astype(np.float32), np.float32(random.normal())
         discount, action = np.float32(count % 3 > 0), np.int32(random.integers(3))
-        seen.append(Transition(observations[0], action, reward, discount, observations[1]))
-        indices = random.integers(count + 1, size=32)
-        state, greedy = agent._step(state, seen[-1], count, indices)
+        seen[count] = Transition(observations[0], action, reward, discount, observations[1])
+        indices = random.integers(97, count + 1, size=32)
+        state, greedy = agent._step(state, seen[count], count, indices)
         if count >= 100:
             batch = Transition(*(np.stack(column) for column in zip(*(seen[i] for i in indices), strict=True)))
             params, optimizer_state = learn(params, target, optimizer_state, batch)
@@ -104,6 +104,9 @@ def test_dqn_explores_and_draws_from_what_it_has_seen():
     for count, indices in drawn[:100] + drawn[-100:]:
         assert indices.max() <= min(count, 9_999)
     assert np.concatenate([indices for _, indices in drawn[-100:]]).max() > 9_900
+    first, second = DQN((2,), 3, seed=1), DQN((2,), 3, seed=2)
+    assert first._random.random() != second._random.random()
+    assert not jax.tree.all(jax.tree.map(np.array_equal, first._state[0], second._state[0]))
 
 
 def test_constants():
@@ -140,10 +143,10 @@ def test_missing_dataset_is_recorded_and_announced(tmp_path, monkeypatch, capsys
 
 
 def test_noise_replaces_actions_at_its_rate():
-    quiet, noisy = make_environment("catch", seed=0), make_environment("catch", seed=0, noise=0.3)
+    noisy = make_environment("catch", seed=0, noise=0.3)
     replaced, steps = 0, 0
     for _ in range(1000):
-        quiet.reset(), noisy.reset()
+        noisy.reset()
         before = 2
         for _ in range(8):
             step = noisy.step(1)  # 1 keeps the paddle where it is
@@ -151,6 +154,17 @@ def test_noise_replaces_actions_at_its_rate():
             replaced, steps, before = replaced + (after != before), steps + 1, after
     # Of the replaced actions a third stay, and some moves are stopped by the walls.
     assert 0.12 < replaced / steps < 0.2
+
+
+def test_environments_follow_their_seed():
+    def play(seed):
+        environment = make_environment("catch", seed, noise=1.0)
+        balls = [int(np.argmax(environment.reset().observation[0])) for _ in range(20)]
+        return balls, [int(np.argmax(environment.step(1).observation[9])) for _ in range(8)]
+
+    (balls, paddle), (other_balls, other_paddle) = play(1), play(2)
+    assert (balls, paddle) == play(1) and balls != other_balls and paddle != other_paddle
+    assert {1, -1} <= set(np.diff(paddle + other_paddle))  # every action is drawn
 
 
 @pytest.mark.parametrize(
@@ -187,6 +201,27 @@ def test_conversion_equals_what_tensorflow_datasets_reads(tmp_path, env_id):
         assert data.is_terminal.sum() < data.is_last.sum()  # the fixture has episodes that are cut off
 
 
+@pytest.mark.parametrize("ids", ["digits", "names", "none"])
+def test_order_of_episodes(tmp_path, monkeypatch, ids):
+    """Digits give the order in time; without a number the order is that of the files."""
+    count, read_example = iter(range(100)), tfrecords.read_example
+
+    def read(record, where):
+        example, i = read_example(record, where), next(count)
+        del example["episode_id"]
+        if ids != "none":
+            example["episode_id"] = [f"{20 - i}".encode() if ids == "digits" else f"episode {20 - i}".encode()]
+        return example
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tfrecords, "read_example", read)
+    folder = convert(FIXTURES / "bsuite_catch", "catch", noise=0.1)
+    assert str(folder) == "datasets/bsuite/catch_noise_0.1"
+    truth, data = np.load(FIXTURES / "truth.npz"), open_dataset(folder)
+    first = truth["catch|observation"][truth["catch|is_first"]]
+    assert np.array_equal(data.observation[data.is_first], first[::-1] if ids == "digits" else first)
+
+
 @pytest.fixture
 def prepared(tmp_path):
     shutil.copytree(FIXTURES / "bsuite_catch", tmp_path / "source")
@@ -204,6 +239,8 @@ def flip_a_bit(path, position):
     [
         (lambda file: flip_a_bit(file, 5000), r"tfrecord-00000-of-00001 is damaged or cut short at record 2"),
         (lambda file: flip_a_bit(file, 0), r"at record 0"),
+        (lambda file: flip_a_bit(file, 9), r"at record 0"),
+        (lambda file: shutil.copytree(file.parent, file.parent.parent / "2.0.0"), r"holds 2 datasets"),
         (lambda file: file.write_bytes(file.read_bytes()[:-10]), r"at record 11"),
         (lambda file: file.write_bytes(b""), r"no episode"),
         (lambda file: file.unlink(), r"holds no record files"),
@@ -227,6 +264,27 @@ def test_records_that_are_no_examples_are_refused(tmp_path, prepared):
     next(prepared.rglob("*.tfrecord*")).write_bytes(framed)
     with pytest.raises(InputError, match=r"episode 0: the record is not a tf\.train\.Example"):
         convert(prepared, "catch", out=tmp_path / "new")
+
+
+def test_steps_that_are_no_whole_episode_are_refused():
+    tensors = {name: {"tensor": {"dtype": "bool", "shape": {}}} for name in ("is_first", "is_last", "is_terminal")}
+    tensors["observation"] = {"tensor": {"dtype": "float32", "shape": {"dimensions": ["2"]}}}
+    whole = {"steps/is_first": [1, 0, 0], "steps/is_last": [0, 0, 1], "steps/is_terminal": [0, 0, 1]}
+    whole["steps/observation"] = [1.0, 2, 3, 4, 5, 6]
+    steps = step_arrays(whole, ("observation",), tensors, "here")
+    assert steps["observation"].tolist() == [[1, 2], [3, 4], [5, 6]] and steps["is_last"].tolist() == [False, False, True]
+    for changed, sentence in [
+        ({"steps/is_first": [1, 1, 0]}, "here: is_first and is_last do not mark one whole episode"),
+        ({"steps/is_last": [0, 1, 0]}, "do not mark one whole episode"),
+        ({"steps/is_first": [1, 0]}, "do not mark one whole episode"),
+        ({"steps/observation": [1.0, 2]}, "do not mark one whole episode"),
+        ({"steps/observation": [1.0]}, "here: steps/observation is missing, or not as features.json says"),
+        ({"steps/is_last": []}, "do not mark one whole episode"),
+    ]:
+        with pytest.raises(InputError, match=sentence):
+            step_arrays(whole | changed, ("observation",), tensors, "here")
+    with pytest.raises(InputError, match="here: steps/reward is missing"):
+        step_arrays(whole, ("reward",), tensors, "here")
 
 
 def test_another_task_is_refused(tmp_path, prepared):

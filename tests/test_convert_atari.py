@@ -1,5 +1,6 @@
 """The converter of Atari datasets, against what TensorFlow Datasets and Dopamine themselves wrote and read."""
 
+import errno
 import gzip
 import http.server
 import os
@@ -17,10 +18,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from gymnasium.spaces import Box, Discrete
 from tfrecord import example_pb2
 
 from data import dqn_replay, minari_datasets, rl_unplugged
-from data.convert_atari import FILES, OPEN, Args, convert, parse_shards, subset
+from data.convert_atari import FILES, OPEN, Args, convert, main, parse_shards, subset
 from data.dataset import FIELDS, InputError, open_dataset, write_dataset
 from data.minari_datasets import export_minari
 from data.tfrecords import masked_crc, read_records
@@ -68,7 +70,7 @@ def test_rl_unplugged_equals_what_tensorflow_datasets_reads(tmp_path, source):
     }.items() <= data.meta.items()
     name = "tfds" if source == TFDS else "rl_unplugged"
     estimate = OPEN[name]([file for file in files if FILES[name].fullmatch(file.name)])
-    assert estimate.steps == pytest.approx(len(data.action), rel=0.3) and estimate.length == 238
+    assert estimate.steps == pytest.approx(len(data.action), rel=0.1) and estimate.length == 238
 
 
 def test_dqn_replay_equals_what_dopamine_was_given(tmp_path):
@@ -166,7 +168,7 @@ def test_episodes_that_are_too_long_to_be_true(tmp_path, monkeypatch):
     [(20, [*range(20)]), (12, [*range(12)]), (39, [*range(19)]), (47, [*range(7), *range(7, 20)])],
 )
 def test_the_place_where_a_replay_buffer_was_written_cuts_an_episode(tmp_path, add_count, rows):
-    columns = replay_rows(20, [])
+    columns = replay_rows(20, [15] if add_count == 12 else [])  # what lies beyond the count was never written
     folder = write_checkpoint(tmp_path / "dqn", 0, *columns, add_count=add_count)
     data = open_dataset(convert(breakout(tmp_path / "new", folder)))
     assert np.array_equal(data.observation, columns[0][rows]) and not data.is_terminal.any()
@@ -181,6 +183,10 @@ def flip_a_bit(path, position):
 
 def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
+
+
+def drop_a_frame(path):
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[: -84 * 84]))
 
 
 def one(folder, pattern):
@@ -213,6 +219,11 @@ def edit(path, old, new):
         (TFDS, lambda s: edit(one(s, "dataset_info.json"), "Breakout_run", "Pong_run"), r"is of Pong, not of Breakout"),
         (TFDS, lambda s: edit(one(s, "dataset_info.json"), '"splits"', "splits"), r"dataset_info.json is damaged"),
         (DQN, lambda s: cut(one(s, "*observation_ckpt.1.gz"), 9_000), r"observation_ckpt.1.gz is damaged .* from row \d+"),
+        (
+            DQN,
+            lambda s: drop_a_frame(one(s, "*observation_ckpt.1.gz")),
+            r"observation_ckpt.1.gz is damaged .*: it ends there",
+        ),
         (DQN, lambda s: flip_a_bit(one(s, "*observation_ckpt.0.gz"), 20_000), r"observation_ckpt.0.gz is damaged"),
         (DQN, lambda s: flip_a_bit(one(s, "*observation_ckpt.0.gz"), -6), r"observation_ckpt.0.gz is damaged"),
         (DQN, lambda s: flip_a_bit(one(s, "*reward_ckpt.0.gz"), 60), r"reward_ckpt.0.gz is damaged"),
@@ -275,6 +286,10 @@ def set_image(image):
             lambda feature: feature["clipped_rewards"].float_list.value.__setitem__(3, 4),
             r"record 1: reward 4 is not clipped",
         ),
+        (
+            lambda feature: feature["clipped_rewards"].float_list.value.__setitem__(3, -4),
+            r"record 1: reward 4 is not clipped",
+        ),
         (lambda feature: feature["clipped_rewards"].float_list.value.__setitem__(3, np.nan), r"record 1: .* not finite"),
     ],
 )
@@ -328,7 +343,7 @@ def test_impossible_settings(tmp_path, settings, sentence):
     with pytest.raises(InputError, match=sentence):
         convert(Args("Breakout", out=tmp_path / "new", **settings))
     assert list(tmp_path.iterdir()) == []
-    assert parse_shards(("10-12", "3", "11")) == [3, 10, 11, 12]
+    assert parse_shards(("10-12", "3", "11")) == [3, 10, 11, 12] and parse_shards(("40-41", "8")) == [8, 40, 41]
 
 
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
@@ -337,6 +352,7 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"needs about 0\.0075\d GB, and 0\.002 GB are free there: take less by --shards"):
         convert(breakout(tmp_path / "new", DQN))
     convert(breakout(tmp_path / "new", DQN, max_episodes=1))
+    convert(breakout(tmp_path / "some", DQN, percentage=20.0))
 
 
 def test_the_program(tmp_path):
@@ -434,7 +450,7 @@ WHOLE = {f"run_1-{i:05d}-of-00050": (RAW / "Breakout" / f"run_1-{i:05d}-of-00003
 @pytest.mark.parametrize(("ranges", "drops"), [(True, 0), (True, 6), (False, 2)])
 def test_download(tmp_path, bucket, ranges, drops):
     bucket.ranges, bucket.drops = ranges, drops
-    assert_equals(download(tmp_path, bucket), fixture_episodes())
+    assert_equals(download(tmp_path, bucket, base_url=f"{bucket.url}/"), fixture_episodes())
     assert downloaded(tmp_path) == WHOLE and len(bucket.gets) == 3 + drops
     asked = [get for get in bucket.gets if not get.endswith("None")]
     assert len(asked) == drops and (not drops or "bytes=" in asked[0])
@@ -448,26 +464,30 @@ def test_a_download_is_not_begun_without_room_for_the_dataset(tmp_path, bucket, 
     monkeypatch.setattr(rl_unplugged, "SHARD_STEPS", 1_000_000)
     for free, settings, sentence in [
         (21e9, {}, r"new needs about 21\.2 GB, and 21 GB are free there: take less by --shards or --percentage"),
-        (21e9, {"percentage": 200 / 3}, None),
-        (2e6, {"shards": ("1",), "percentage": 0.01}, None),
-        (7e5, {"shards": ("1",), "percentage": 0.01}, r"new needs about 0\.000\d+ GB, .*free"),
+        (8e5, {"shards": ("1",), "percentage": 0.01}, r"new needs about 0\.000848 GB, .*free"),  # and the shard's own size
         (1e5, {"max_episodes": 1}, r"downloads needs about 0\.000486 GB, and 0\.0001 GB are free there"),
     ]:
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
-        if sentence is not None:
-            with pytest.raises(InputError, match=sentence):
-                download(tmp_path, bucket, **settings)
-            assert bucket.gets == [] and list(tmp_path.iterdir()) == []
+        with pytest.raises(InputError, match=sentence):
+            download(tmp_path, bucket, **settings)
+        assert bucket.gets == [] and list(tmp_path.iterdir()) == []
+    for free, settings in [(15e9, {"percentage": 200 / 3}), (1e9, {"max_episodes": 1})]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        shutil.rmtree(download(tmp_path, bucket, **settings))
+    (tmp_path / "new").mkdir()
+    with pytest.raises(InputError, match="exists already"):
+        download(tmp_path, bucket, shards=("0", "7"))
 
 
-def test_a_broken_download_goes_on_where_it_stopped(tmp_path, bucket):
+@pytest.mark.parametrize(("size", "asked"), [(50_000, "bytes=50000-"), (0, "None"), (10**6, "None")])
+def test_a_broken_download_goes_on_where_it_stopped(tmp_path, bucket, size, asked):
     name = "run_1-00001-of-00050"
     folder = tmp_path / "downloads" / "Breakout"
     folder.mkdir(parents=True)
-    (folder / f"{name}.partial").write_bytes(WHOLE[name][:50_000])
+    (folder / f"{name}.partial").write_bytes((WHOLE[name] + bytes(10**6))[:size])
     (folder / name).write_bytes(b"something else")
     assert_equals(download(tmp_path, bucket, shards=("1",)), fixture_episodes(range(4, 8)))
-    assert bucket.gets == ["un_1-00001-of-00050 bytes=50000-"] and downloaded(tmp_path) == {name: WHOLE[name]}
+    assert bucket.gets == [f"un_1-00001-of-00050 {asked}"] and downloaded(tmp_path) == {name: WHOLE[name]}
 
 
 @pytest.mark.parametrize(
@@ -486,11 +506,24 @@ def test_a_download_that_never_ends(tmp_path, bucket, monkeypatch, answer, reaso
     assert downloaded(tmp_path) == {"run_1-00000-of-00050.partial": b""} and not (tmp_path / "new").exists()
 
 
+def test_a_full_disk_ends_a_download(tmp_path, bucket, monkeypatch):
+    def open_url(url, method="GET", offset=0):
+        if method == "GET":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(url, method, offset)
+
+    original = rl_unplugged.open_url
+    monkeypatch.setattr(rl_unplugged, "open_url", open_url)
+    with pytest.raises(OSError, match="No space left"):
+        download(tmp_path, bucket)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"run": 6}, r"run_6-00000-of-00050 cannot be had: .*404.*; check --env-id, --run and --shards"),
         ({"shards": ("0", "50")}, r"run_1-00050-of-00050 cannot be had: .*404"),
+        ({"shards": ()}, r"run_1-00003-of-00050 cannot be had: .*404"),  # all are asked for; the fixture has three
         ({"base_url": "http://127.0.0.1:1"}, r"http://127.0.0.1:1/.* cannot be had: .*refused"),
         ({"base_url": "http://no.such.host.invalid"}, r"cannot be had"),
         ({"env_id": "Carnival", "shards": ()}, r"Carnival/run_1-00000-of-00049 cannot"),
@@ -512,14 +545,24 @@ def minari_store(tmp_path, monkeypatch):
     return pytest.importorskip("minari")
 
 
-def test_minari_both_ways(tmp_path, minari_store):
+def test_minari_both_ways(tmp_path, minari_store, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     ours = convert(breakout(tmp_path / "ours", RAW, max_episodes=3))
-    folder = export_minari(ours, "atari/breakout/dqn-v0")
+    folder = tmp_path / "minari" / "atari" / "breakout" / "dqn-v0"
+    (folder.parent / ".dqn-v0.partial" / "left by a killed program").mkdir(parents=True)
+    with monkeypatch.context() as full:
+        usage = shutil.disk_usage(tmp_path)
+        full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
+        with pytest.raises(InputError, match=r"dqn-v0 needs about 0\.00261 GB"):
+            main(breakout(None, ours, export_minari="atari/breakout/dqn-v0"))
+    main(breakout(None, ours, export_minari="atari/breakout/dqn-v0"))
     dataset = minari_store.load_dataset("atari/breakout/dqn-v0")
     assert (dataset.total_episodes, dataset.total_steps) == (3, 238 + 10 + 121 - 3)
     episode = dataset[1]
     assert episode.observations.shape == (10, 84, 84) and not episode.terminations.any()
     assert np.flatnonzero(episode.truncations).tolist() == [8] and np.flatnonzero(dataset[0].terminations).tolist() == [236]
+    assert not dataset[0].truncations.any() and dataset.observation_space == Box(0, 255, (84, 84), np.uint8)
+    assert dataset.action_space == Discrete(4)
     metadata = dataset.storage.metadata
     assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (1.33, 157.86)
     assert metadata["description"] == "Breakout: RL Unplugged, recorded while a DQN learns"
@@ -536,6 +579,10 @@ def test_minari_both_ways(tmp_path, minari_store):
     for name, sentence in (("atari/breakout/dqn-v0", "exists already"), ("atari breakout", "names are such as")):
         with pytest.raises(InputError, match=sentence):
             export_minari(ours, name)
+    with pytest.raises(InputError, match="takes one folder"):
+        main(breakout(None, ours, ours, export_minari="atari/breakout/dqn-v1"))
+    with pytest.raises(InputError, match="datasets/atari/Breakout"):
+        main(breakout(None, export_minari="atari/breakout/dqn-v1"))
     with pytest.raises(InputError, match="has 4 actions, but Pong has 6"):
         convert(Args("Pong", source=(folder,), out=tmp_path / "new"))
     cut(folder / "data" / "main_data.hdf5", 2_000_000)
@@ -545,7 +592,6 @@ def test_minari_both_ways(tmp_path, minari_store):
 
 
 def make_minari(minari, name, observations, space, **metadata):
-    from gymnasium.spaces import Discrete
     from minari.data_collector import EpisodeBuffer
 
     ends = np.arange(1, 6) == 5
@@ -555,7 +601,7 @@ def make_minari(minari, name, observations, space, **metadata):
         )
         for o in observations
     ]
-    spaces = {"observation_space": space, "action_space": Discrete(3)}
+    spaces = {"observation_space": space, "action_space": metadata.pop("action_space", Discrete(3))}
     dataset = minari.create_dataset_from_buffers(name, buffers, jpeg_encoding=False, **spaces)
     dataset.storage.update_metadata(metadata)
     return Path(os.environ["MINARI_DATASETS_PATH"]) / name
@@ -564,20 +610,18 @@ def make_minari(minari, name, observations, space, **metadata):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("shape", [(4, 84, 84), (84, 84, 4), (84, 84, 1)])
 def test_minari_stacks(tmp_path, minari_store, shape):
-    from gymnasium.spaces import Box
-
     observations = np.random.default_rng(0).integers(0, 256, (2, 6, *shape), np.uint8)
-    folder = make_minari(minari_store, "stacked-v0", observations, Box(0, 255, shape, np.uint8))
+    scores = {"ref_min_score": 1.5, "ref_max_score": 2.0} if shape[0] == 4 else {}
+    folder = make_minari(minari_store, "stacked-v0", observations, Box(0, 255, shape, np.uint8), **scores)
     data = open_dataset(convert(Args("Freeway", source=(folder,), out=tmp_path / "stacked")))
     newest = observations[:, :, -1] if shape[0] == 4 else observations[..., -1]
     assert np.array_equal(data.observation, newest.reshape(12, 84, 84)) and data.is_terminal.sum() == 2
-    assert data.meta["reference_returns"] == {"random": 0.0, "online_dqn": 26.76}  # the table's: it has none of its own
+    table = {"random": 0.0, "online_dqn": 26.76}
+    assert data.meta["reference_returns"] == ({"random": 1.5, "online_dqn": 2.0} if scores else table)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_minari_vectors(tmp_path, minari_store, capsys):
-    from gymnasium.spaces import Box
-
     vectors, box = np.random.default_rng(0).normal(size=(2, 6, 7)), Box(-np.inf, np.inf, (7,), np.float64)
     folder = make_minari(minari_store, "vectors-v0", vectors, box, ref_min_score=-3.5, ref_max_score=20.0)
     data = open_dataset(convert(Args("anything", source=(folder,), out=tmp_path / "vectors")))
@@ -593,12 +637,17 @@ def test_minari_vectors(tmp_path, minari_store, capsys):
     unknown = convert(Args("anything", source=(folder,), out=tmp_path / "unknown"))
     assert "reference_returns" not in open_dataset(unknown).meta
     export_minari(unknown, "again-v0")
-    assert "ref_min_score" not in minari_store.load_dataset("again-v0").storage.metadata
+    again = minari_store.load_dataset("again-v0")
+    assert "ref_min_score" not in again.storage.metadata
+    assert again.observation_space == Box(-np.inf, np.inf, (7,), np.float32)
 
     images = np.zeros((1, 6, 64, 64), np.uint8)
     folder = make_minari(minari_store, "images-v0", images, Box(0, 255, (64, 64), np.uint8))
     with pytest.raises(InputError, match=r"holds uint8 \(64, 64\)"):
         convert(Args("Freeway", source=(folder,), out=tmp_path / "images"))
+    folder = make_minari(minari_store, "from_one-v0", vectors, box, action_space=Discrete(3, start=1))
+    with pytest.raises(InputError, match="actions from 1, not"):
+        convert(Args("anything", source=(folder,), out=tmp_path / "from_one"))
 
 
 def test_without_minari(tmp_path, monkeypatch):
