@@ -23,8 +23,8 @@ SMALL = [*COMMON, "--batch-size", "16", "--eval-episodes", "4", "--log-interval"
 
 # Atari: the smallest networks, for runs on a small dataset.
 TINY: dict[str, Any] = {
-    "batch_size": 4, "channels": 4, "representation_blocks": 1, "dynamics_blocks": 1, "prediction_blocks": 1,
-    "head_channels": 4, "head_width": 8, "num_bins": 21, "unroll_steps": 2, "bootstrap_steps": 2,
+    "batch_size": 4, "encoder": "cnn", "channels": 4, "representation_blocks": 0, "dynamics_blocks": 0,
+    "prediction_blocks": 0, "head_channels": 4, "head_width": 8, "num_bins": 21, "unroll_steps": 2, "bootstrap_steps": 2,
 }  # fmt: skip
 TINY_FLAGS = [str(part) for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", value)]
 TINY_FLAGS += [*COMMON, "--eval-episodes", "3", "--log-interval", "5"]

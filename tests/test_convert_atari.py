@@ -402,7 +402,7 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         self.answer(send=True)
 
     def answer(self, send):
-        match = re.fullmatch(r"/atari_episodes_ordered/(Breakout)/(run_1-0000[012]-of)-00050", self.path)
+        match = re.fullmatch(r"/bucket/atari_episodes_ordered/(Breakout)/(run_1-0000[012]-of)-00050", self.path)
         if not match:
             self.send_error(404)
             return
@@ -430,7 +430,7 @@ def bucket(monkeypatch):
     handler = type("Handler", (Bucket,), {"gets": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        handler.url = f"http://127.0.0.1:{server.server_port}"
+        handler.url = f"http://127.0.0.1:{server.server_port}/bucket"
         yield handler
         server.shutdown()
 
