@@ -1,9 +1,12 @@
+import ctypes
 import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
+import psutil
 import pytest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -37,14 +40,17 @@ def signal_handlers():
         signal.signal(signum, handler)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def memory():
-    """Forgets what was compiled for a module's tests; what others need of it comes from the compilation cache."""
-    import jax
-
+    """Above 800 MB, forgets what was compiled; what later tests need of it comes from the compilation cache."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    if psutil.Process().memory_info().rss > 800e6:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -235,16 +235,15 @@ def test_scripts_beat_random_play(monkeypatch, env_id, steps, least):
 
 def test_noise_levels_in_turn():
     policy, steps = ScriptedPolicy("Freeway", 5, seed=0), 3000  # without noise it always plays action 1 of three
-    start, none = np.ones(5, bool), np.zeros(5, bool)
-    step = Step(np.zeros((5, 4, 84, 84)), np.zeros((5, 128)), np.zeros(5), start, none, none)
-    other = np.zeros(5)
-    for is_first in [start, *[none] * steps]:
-        other += policy(step._replace(is_first=is_first)) != 1
-    assert other / steps == pytest.approx(np.array([0, 0.1, 0.3, 0.6, 1]) * 2 / 3, abs=0.03)
-    again, other = np.arange(5) >= 3, np.zeros(5)  # the sixth episode has the first level, the seventh the second
-    for is_first in [again, *[none] * steps]:
-        other += policy(step._replace(is_first=is_first)) != 1
-    assert other / steps == pytest.approx(np.array([0, 0.1, 0.3, 0, 0.1]) * 2 / 3, abs=0.03)
+    none, envs = np.zeros(5, bool), np.arange(5)
+    step = Step(np.zeros((5, 4, 84, 84)), np.zeros((5, 128)), np.zeros(5), none, none, none)
+    for begin, levels in [
+        (envs >= 0, [0, 0.1, 0.3, 0.6, 1]),
+        (envs >= 3, [0, 0.1, 0.3, 0, 0.1]),  # the sixth episode has the first level, the seventh the second
+        (envs == 0, [0.3, 0.1, 0.3, 0, 0.1]),
+    ]:
+        other = sum(policy(step._replace(is_first=is_first)) != 1 for is_first in [begin, *[none] * steps])
+        assert other / steps == pytest.approx(np.array(levels) * 2 / 3, abs=0.03)
 
 
 class TinyQNetwork(nn.Module):
@@ -296,9 +295,12 @@ def test_dqn_learns_by_the_bellman_equation(monkeypatch):
 
 
 def test_dqn(tmp_path, monkeypatch):
-    kernels = jax.eval_shape(QNetwork(6).init, jax.random.key(0), jnp.zeros((1, 84, 84, 4), jnp.uint8))
-    sizes = sorted(leaf.size for leaf in jax.tree.leaves(kernels) if leaf.ndim > 1)
+    shapes = jax.eval_shape(QNetwork(6).init, jax.random.key(0), jnp.zeros((1, 84, 84, 4), jnp.uint8))
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim > 1)
     assert sizes == sorted([8 * 8 * 4 * 32, 4 * 4 * 32 * 64, 3 * 3 * 64 * 64, 7 * 7 * 64 * 512, 512 * 6])
+    means = jax.tree.map(lambda x: np.full(x.shape, x.shape[-1] / x.size if x.ndim > 1 else 0, np.float32), shapes)
+    white = np.full((1, 84, 84, 4), 255, np.uint8)
+    np.testing.assert_allclose(QNetwork(6).apply(means, white), np.ones((1, 6)), rtol=1e-4)  # each layer takes the mean
     monkeypatch.setattr(record_atari, "QNetwork", TinyQNetwork)
     data = open_dataset(record(Args("Breakout", "dqn", steps=400, num_envs=4, out=tmp_path / "dqn")))
     assert data.meta["policy"] == "dqn" and data.meta["source"].startswith("a DQN learning from scratch")
