@@ -120,14 +120,6 @@ def assert_close(ours: Any, theirs: Any, rtol: float = 1e-4, atol: float = 1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), ours, theirs)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What is compiled here runs once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def same(first: Any, second: Any) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), first, second))
 

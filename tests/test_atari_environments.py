@@ -257,11 +257,13 @@ class TinyQNetwork(nn.Module):
 def test_dqn_explores_less_and_less_and_learns_every_four_steps(monkeypatch):
     monkeypatch.setattr(record_atari, "QNetwork", TinyQNetwork)
     policy, updates = DQNPolicy(num_actions=4, num_envs=10, steps=4000, seed=0), []
-    policy._greedy = lambda *_: np.full(10, 3)
+    newest_last = [0, 1, 2, 3]
+    policy._greedy = lambda _, stack: np.full(10, 3 if stack[5, 7, 7].tolist() == newest_last else 0)
     policy._learn = lambda state, batch_size: updates.append(batch_size) or state
     policy._replay.sample = lambda size: size
     none = np.zeros(10, bool)
-    step = Step(np.zeros((10, 4, 84, 84), np.uint8), np.zeros((10, 128)), np.zeros(10), none, none, none)
+    frames = np.tile(np.arange(4, dtype=np.uint8)[:, None, None], (10, 1, 84, 84))
+    step = Step(frames, np.zeros((10, 128)), np.zeros(10), none, none, none)
     actions = np.concatenate([policy(step) for _ in range(400)])
     # All actions are uniform for the first 200 steps, 1 in 100 from step 1,200 on, and between them it is a line.
     share = [np.mean(part == 3) for part in np.split(actions, [200, 700, 1200])]
@@ -314,13 +316,15 @@ def test_dqn(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_dqn_replay(rows, stacks):
     """Frames hold their time; the game is over at 5, where the action is ignored, and another starts at 6."""
-    replay = Replay(rows, num_envs=1, seed=0)
+    replay = Replay(rows, num_envs=2, seed=0)  # twice the same
     for t in range(12):
-        flags = (np.array([flag]) for flag in (t in (0, 6), t == 5, t == 5))
-        frames = np.full((1, 4, 84, 84), t, np.uint8)
-        replay.add(Step(frames, np.zeros((1, 128)), np.array([0.01 * t if t < 11 else -5.0]), *flags), np.array([t]))
+        flags = (np.array([flag] * 2) for flag in (t in (0, 6), t == 5, t == 5))
+        frames = np.stack([np.full((84, 84), x, np.uint8) for x in (97, 98, 99, t)])[None].repeat(2, axis=0)
+        reward = np.array([0.01 * t if t < 11 else -5.0] * 2)
+        replay.add(Step(frames, np.zeros((2, 128)), reward, *flags), np.array([t, 50 + t]))
     batch = replay.sample(400)
-    assert set(batch.action) == set(stacks)  # actions are their times
+    assert set(batch.action) == {*stacks, *(50 + t for t in stacks)}  # actions are their times
+    batch = batch._replace(action=batch.action % 50)
     for stack, t, reward, discount, following in zip(*(np.asarray(x) for x in batch), strict=True):
         assert stack[0, 0].tolist() == stacks[t]
         assert reward == pytest.approx(0.01 * (t + 1) if t < 10 else -1)
