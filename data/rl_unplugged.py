@@ -10,6 +10,7 @@ import functools
 import http.client
 import itertools
 import json
+import os
 import re
 import time
 import urllib.request
@@ -154,7 +155,7 @@ def open_records(files: list[Path], actions: str, parse: Callable[[dict[str, Any
             yield Episode(where, frames, action[:-1], reward[:-1], terminal), jobs
 
     def read(records: Iterator[Record]) -> Iterator[Episode]:
-        with ThreadPoolExecutor() as pool:  # threads: OpenCV decodes outside Python's lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads: OpenCV decodes outside Python's lock
             begun = begin(records, pool)
             waiting = deque(itertools.islice(begun, AHEAD))
             while waiting:

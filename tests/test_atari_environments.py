@@ -19,6 +19,7 @@ from data.record_atari import (
     Args,
     DQNPolicy,
     QNetwork,
+    RandomPolicy,
     Replay,
     ScriptedPolicy,
     Step,
@@ -286,6 +287,7 @@ def test_dqn_learns_by_the_bellman_equation(monkeypatch):
         error = q - reward - 0.99 * discount * policy._network.apply(target, frames[1]).max(axis=1)
         return jnp.mean(jnp.where(jnp.abs(error) < 1, error**2 / 2, jnp.abs(error) - 0.5))
 
+    assert np.array_equal(policy._greedy(params, frames[0]), policy._network.apply(params, frames[0]).argmax(axis=1))
     state, gradient = jax.tree.map(jnp.copy, policy._state), jax.jit(jax.grad(loss))
     for count in range(1, 5):
         updates, optimizer_state = optimizer.update(gradient(params, target), optimizer_state)
@@ -294,6 +296,23 @@ def test_dqn_learns_by_the_bellman_equation(monkeypatch):
         state = policy._learn(state, Transition(frames[0], action, reward, discount, frames[1]))
         for ours, expected in zip(jax.tree.leaves(state[:2]), jax.tree.leaves((params, target)), strict=True):
             np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_policies_follow_their_seed(monkeypatch):
+    monkeypatch.setattr(record_atari, "QNetwork", TinyQNetwork)
+    monkeypatch.setattr(record_atari, "NOISE_LEVELS", (1.0,))
+    none = np.zeros(8, bool)
+    step = Step(np.zeros((8, 4, 84, 84), np.uint8), np.zeros((8, 128)), np.zeros(8), none, none, none)
+    for make in (
+        lambda seed: RandomPolicy(4, seed),
+        lambda seed: ScriptedPolicy("Breakout", 8, seed),
+        lambda seed: DQNPolicy(4, 8, 1000, seed),
+    ):
+        first, same, other = ([policy(step).tolist() for _ in range(4)] for policy in (make(1), make(1), make(2)))
+        assert first == same != other
+    first, other = (DQNPolicy(4, 8, 1000, seed) for seed in (1, 2))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, first._state[0], other._state[0]))
+    assert first._replay._random.random() != other._replay._random.random()
 
 
 def test_dqn(tmp_path, monkeypatch):
