@@ -41,10 +41,10 @@ def signal_handlers():
 
 
 @pytest.fixture(autouse=True)
-def memory():
-    """Above 800 MB, forgets what was compiled; what later tests need of it comes from the compilation cache."""
-    yield
-    if psutil.Process().memory_info().rss > 800e6:
+def memory(request):
+    """Keeps every process below 2 GB: forgets what was compiled; what is needed of it comes from the compilation cache."""
+    needs = 1.3e9 if "test_six_updates" in request.node.name else 0.6e9  # to compile the paper's residual networks
+    if psutil.Process().memory_info().rss + needs > 1.9e9:
         import jax
 
         jax.clear_caches()
