@@ -220,6 +220,20 @@ def test_one_device_and_two_train_alike(bsuite_run, flags, tmp_path):
             assert one[name] == pytest.approx(two[name], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("cores", "settings", "devices"),
+    [(4, {}, 4), (16, {}, 8), (3, {}, 2), (4, {"cpu_devices": 1}, 1), (4, {"batch_size": 5}, 1)],
+)
+def test_a_batch_is_split_over_the_cores(cores, settings, devices, monkeypatch):
+    """Over as many as can share it, at most 8."""
+    chosen = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(jax.config, "update", lambda *setting: chosen.append(setting))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    rosmo_bsuite.use_devices(rosmo_bsuite.Args(**settings))
+    assert chosen == [("jax_num_cpu_devices", devices)]
+
+
 # ----------------------------------------------------------------------------------------------------------- Stopping
 
 
