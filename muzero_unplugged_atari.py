@@ -433,26 +433,92 @@ def expand(params: Any, key: jax.Array, action: jax.Array, state: jax.Array, mod
     return mctx.RecurrentFnOutput(reward=reward, discount=discount, prior_logits=prior_logits, value=value), state
 
 
-def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, model: Model) -> Search:
-    """Monte Carlo tree search in the model from states [B, S] with their prediction.
+class Nodes(NamedTuple):
+    """B search trees of M nodes: the root, then one for each simulation."""
 
+    state: jax.Array  # [M, B, S]
+    prior: jax.Array  # [M, A, B], P(s, a)
+    value: jax.Array  # [M, B], of the value head
+    reward: jax.Array  # [M, B], the discounted sum of rewards on the way from the root
+    discount: jax.Array  # [M, B], gamma ** depth
+    depth: jax.Array  # [M, B] int32
+    parent: jax.Array  # [M, B] int32
+    action: jax.Array  # [M, B] int32, that leads from the parent to the node
+    path: jax.Array  # [M, M / 24, B] int32, bits of the nodes on the way from the root, which has none, to this one
+
+
+def puct(nodes: Nodes, visits: jax.Array, returns: jax.Array, order: jax.Array) -> jax.Array:
+    """Actions [M, B] that maximise Q(s,a) + P(s,a) sqrt(N(s)) / (1 + N(s,a)) (c_1 + log((N(s) + c_2 + 1) / c_2)).
+
+    Q is normalised by the least and the greatest of the node's value and its Q; an action not tried has 0. Ties are broken
+    by order [M, A, B], distinct integers of which order % A is the action.
+    """
+    count = 1 + visits.sum(axis=1)  # N(s)
+    value = (nodes.value + returns.sum(axis=1)) / count
+    q = jnp.where(visits > 0, returns / jnp.maximum(visits, 1), value[:, None])
+    low, high = jnp.minimum(q.min(axis=1), value)[:, None], jnp.maximum(q.max(axis=1), value)[:, None]
+    q = jnp.where(visits > 0, (q - low) / jnp.maximum(high - low, 1e-8), 0)
+    exploration = jnp.sqrt(count) * (1.25 + jnp.log((count + 19_652 + 1) / 19_652))
+    score = q + exploration[:, None] * nodes.prior / (1 + visits)
+    is_best = score >= score.max(axis=1, keepdims=True)
+    return jnp.where(is_best, order, -1).max(axis=1) % visits.shape[1]
+
+
+def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, model: Model) -> Search:
+    """Monte Carlo tree search in the model from states [B, S] with their prediction (Schrittwieser et al. 2020, appendix B).
+
+    No tree is walked: each simulation looks at all nodes at once. An edge (s, a) keeps its visits N(s, a) and returns
+    W(s, a), the sum of what the simulations through it returned, so that Q(s, a) = W(s, a) / N(s, a).
     The improved policy is the root's visit counts N(a) / sum_b N(b) (MuZero); or prior(a) exp(Q(s, a) / tau) / Z (MZU-Q,
     Grill et al. 2020), Q being the root's value where no simulation went; or Gumbel MuZero's (Danihelka et al. 2022).
     """
     args, value = model.args, to_scalar(prediction.value_logits)
-    root = mctx.RootFnOutput(prior_logits=prediction.policy_logits, value=value, embedding=state)
-    budget = {"num_simulations": args.num_simulations, "max_depth": args.search_depth or args.num_simulations}
-    step = functools.partial(expand, model=model)
     if args.policy_target == "gumbel":
-        result = mctx.gumbel_muzero_policy(params, key, root, step, **budget)
-    else:
-        noise = {"dirichlet_fraction": args.dirichlet_fraction, "temperature": args.temperature}
-        result = mctx.muzero_policy(params, key, root, step, **budget, **noise)
-    tree = result.search_tree.summary()
-    if args.policy_target != "mzu_q":
-        return Search(result.action, result.action_weights, tree.value)
-    logits = prediction.policy_logits + jnp.where(tree.visit_counts > 0, tree.qvalues, tree.value[:, None]) / args.tau
-    return Search(jax.random.categorical(jax.random.fold_in(key, 0), logits), jax.nn.softmax(logits), tree.value)
+        start = mctx.RootFnOutput(prior_logits=prediction.policy_logits, value=value, embedding=state)
+        step, depth = functools.partial(expand, model=model), args.search_depth or args.num_simulations
+        result = mctx.gumbel_muzero_policy(params, key, start, step, args.num_simulations, max_depth=depth)
+        return Search(result.action, result.action_weights, result.search_tree.summary().value)
+    batch, num_actions = prediction.policy_logits.shape
+    index, actions, trees = np.arange(args.num_simulations + 1)[:, None], np.arange(num_actions)[:, None], np.arange(batch)
+    bits = jnp.where(index // 24 == index[::24].T // 24, 1 << index % 24, 0).at[0].set(0)[..., None]  # [M, M / 24, 1]
+    action_key, noise_key, order_key = jax.random.split(key, 3)
+    noise = jax.random.dirichlet(noise_key, jnp.full(num_actions, 0.3), (batch,))
+    prior = (1 - args.dirichlet_fraction) * jax.nn.softmax(prediction.policy_logits) + args.dirichlet_fraction * noise
+    order = jax.random.randint(order_key, (len(index), num_actions, batch), 0, 2**20) * num_actions + actions
+    zeros, none, path = jnp.zeros(batch), jnp.zeros(batch, int), jnp.zeros((bits.shape[1], batch), int)
+    root = Nodes(state, prior.T, value, zeros, zeros + 1, none, none, none, path)
+    nodes = jax.tree.map(lambda x: jnp.zeros((len(index), *x.shape), x.dtype).at[0].set(x), root)
+
+    def simulate(i: jax.Array, carry: tuple[Nodes, jax.Array, jax.Array]) -> tuple[Nodes, jax.Array, jax.Array]:
+        # Selection: the path is all nodes to which best actions lead, the whole way from the root. Nodes below i exist.
+        nodes, visits, returns = carry
+        best = puct(nodes, visits, returns, order)
+        is_off = jnp.take_along_axis(best, nodes.parent, axis=0) != nodes.action
+        off = jnp.where(is_off[:, None], bits, 0.0).sum(axis=0).astype(int)  # float32 adds 24 bits exactly, and fast
+        on_path = ((nodes.path & off) == 0).all(axis=1) & (index < i) & (nodes.depth < (args.search_depth or len(index)))
+        leaf = jnp.where(on_path, index, 0.0).max(axis=0).astype(int)
+        # Expansion: node i follows from the leaf; at the depth limit it is one more of the same.
+        action, reward, discount, depth = (x[leaf, trees] for x in (best, nodes.reward, nodes.discount, nodes.depth))
+        step, state = expand(params, key, action, nodes.state[leaf, trees], model)
+        reward, discount = reward + discount * step.reward, jnp.maximum(discount * args.discount, 1e-30)
+        prior, path = jax.nn.softmax(step.prior_logits).T, nodes.path[leaf, :, trees].T | bits[i]
+        new = Nodes(state, prior, step.value, reward, discount, depth + 1, leaf, action, path)
+        # Backup of the return from each node of the path on.
+        g = (reward + discount * step.value - nodes.reward) / nodes.discount
+        chosen = on_path[:, None] & (best[:, None] == actions)
+        nodes = jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), nodes, new)
+        return nodes, visits + chosen, returns + jnp.where(chosen, g[:, None], 0)
+
+    edges = jnp.zeros_like(nodes.prior)
+    _, visits, returns = jax.lax.fori_loop(1, len(index), simulate, (nodes, edges, edges))
+    visits, returns = visits[0].T, returns[0].T  # [B, A]
+    value = (root.value + returns.sum(axis=1)) / len(index)
+    if args.policy_target == "mzu_q":
+        q = jnp.where(visits > 0, returns / jnp.maximum(visits, 1), value[:, None])
+        logits = prediction.policy_logits + q / args.tau
+        return Search(jax.random.categorical(action_key, logits), jax.nn.softmax(logits), value)
+    logits = jnp.log(visits / visits.max(axis=1, keepdims=True)) / max(args.temperature, 1e-30)
+    return Search(jax.random.categorical(action_key, logits), visits / args.num_simulations, value)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Loss

@@ -50,28 +50,6 @@ def peak_memory() -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
 
 
-def model_share_of_search(script: Any, params: Any, observation: jax.Array, model: Any) -> float:
-    """The time of as many steps of the model as a search makes, one after the other, over the search's; one device."""
-    params, observation = jax.device_put((params, observation), jax.devices()[0])
-
-    @jax.jit
-    def search(params: Any, observation: jax.Array) -> Any:
-        return script.make_labels(params, jax.random.key(0), observation, model)
-
-    @jax.jit
-    def steps(params: Any, observation: jax.Array) -> Any:
-        def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            action = jnp.full(len(observation), i % model.num_actions)
-            output, state = script.expand(params, jax.random.key(0), action, carry[0], model)
-            return state, carry[1] + output.value + output.reward + output.prior_logits.sum(axis=-1)
-
-        start = (model.bind(params).representation(observation), jnp.zeros(len(observation)))
-        return jax.lax.fori_loop(0, model.args.num_simulations, step, start)[1]
-
-    seconds = [min(timed(function, params, observation) for _ in range(REPEATS)) for function in (steps, search)]
-    return seconds[0] / seconds[1]
-
-
 def bsuite(script: Any, args: Any, model: Any, shape: tuple[int, ...]) -> None:
     """Labels of the dataset and compiled loops of updates."""
     dataset, rows, meta = script.load_dataset(args, shape, model.num_actions)
@@ -110,9 +88,6 @@ def bsuite(script: Any, args: Any, model: Any, shape: tuple[int, ...]) -> None:
             "peak memory": peak_memory(),
         }
     )
-    if hasattr(script, "search"):
-        share = model_share_of_search(script, state.params, data.observation[:1024], model)
-        report({"model in a search": f"{100 * share:.0f} % of the time of {min(1024, len(rows)):,} roots"})
 
 
 def matrix_product_speed(dtype: str) -> float:

@@ -7,6 +7,7 @@ predictions are alike, and a mistake in what is predicted from which parameters 
 import functools
 import inspect
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import envpool
@@ -21,6 +22,7 @@ import muzero_unplugged_atari as mzu_atari
 import muzero_unplugged_bsuite as mzu
 import rosmo_atari
 import rosmo_bsuite as rosmo
+from benchmark.search import random_network, search_by_mctx
 from tests import programs
 from tests.programs import SMALL
 
@@ -386,12 +388,50 @@ def test_noise_of_the_root():
     np.testing.assert_allclose(ours, expected, atol=0.03)
 
 
-@pytest.mark.parametrize("policy_target", ["visit_counts", "gumbel"])
-def test_search_is_mctxs(policy_target):
-    """Its policies, actions and values at another discount, noise and temperature, and as deep as there are simulations."""
-    flags = {} if policy_target == "gumbel" else {"dirichlet_fraction": 0.4, "temperature": 2.0}
-    root, ours = searched(20, num_simulations=8, **flags, policy_target=policy_target)
-    model = small_model(mzu)
+def both_searches(num_actions: int, num_roots: int, **settings: Any) -> tuple[Any, Any]:
+    """The script's and mctx's, of the same roots, model and key."""
+    model, params, state, prediction = random_network(num_actions, num_roots, **settings)
+    arguments = (params, KEY, state, prediction)
+    ours, theirs = (jax.jit(functools.partial(f, model=model))(*arguments) for f in (mzu.search, search_by_mctx))
+    return jax.tree.map(np.asarray, ours), jax.tree.map(np.asarray, theirs)
+
+
+def relative_to_the_largest(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+BUDGETS, FEW = [(8, 8), (20, 20), (20, 2), (50, 50), (64, 64)], [(3, 0.4), (2, 0.0), (4, 0.25), (18, 0.0), (3, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("num_simulations", "search_depth", "num_actions", "dirichlet_fraction"),
+    [
+        pytest.param(*budget, *case, marks=() if case == FEW[BUDGETS.index(budget)] else pytest.mark.slow)
+        for budget in BUDGETS
+        for case in sorted({(num_actions, noise) for num_actions in (2, 3, 4, 18) for noise in (0.0, 0.25)} | {(3, 0.4)})
+    ],
+)
+def test_search_is_mctxs(num_simulations, search_depth, num_actions, dirichlet_fraction):
+    """As many visits of every action of every root, the same actions, and the roots' values."""
+    settings = {"num_simulations": num_simulations, "search_depth": search_depth, "dirichlet_fraction": dirichlet_fraction}
+    ours, theirs = both_searches(num_actions, 64, **settings, temperature=2.0)
+    assert np.array_equal(np.round(num_simulations * ours.policy), np.round(num_simulations * theirs.policy))
+    assert np.array_equal(ours.action, theirs.action)
+    assert relative_to_the_largest(ours.value, theirs.value) < 1e-4
+
+
+@pytest.mark.parametrize("discount", [1e-3, 0.3, 0.6])
+def test_search_at_small_discounts(discount):
+    """What lies deep in a tree counts little there, and nothing overflows: the values of roots are mctx's."""
+    ours, theirs = both_searches(3, 64, num_simulations=20, discount=discount)
+    assert relative_to_the_largest(ours.value, theirs.value) < 1e-4
+    assert np.mean(np.abs(ours.policy - theirs.policy).max(axis=1) > 1e-4) < 0.05
+
+
+def test_gumbel_search_is_mctxs():
+    settings = {"num_simulations": 8, "search_depth": 3, "discount": 0.6}
+    model, params, state, prediction = random_network(3, 64, policy_target="gumbel", **settings)
+    ours = jax.jit(functools.partial(mzu.search, model=model))(params, KEY, state, prediction)
 
     def step(params: Any, key: jax.Array, action: jax.Array, state: jax.Array) -> tuple[Any, jax.Array]:
         net = model.bind(params)
@@ -401,18 +441,30 @@ def test_search_is_mctxs(policy_target):
         discount = jnp.full_like(value, 0.6)
         return mctx.RecurrentFnOutput(reward=reward, discount=discount, prior_logits=after.policy_logits, value=value), state
 
-    policy = mctx.gumbel_muzero_policy if policy_target == "gumbel" else mctx.muzero_policy
+    value = mzu.to_scalar(prediction.value_logits)
+    root = mctx.RootFnOutput(prior_logits=prediction.policy_logits, value=value, embedding=state)
+    result = jax.jit(lambda: mctx.gumbel_muzero_policy(params, KEY, root, step, num_simulations=8, max_depth=3))()
+    assert np.array_equal(ours.action, result.action)
+    assert_close(ours.policy, result.action_weights)
+    assert_close(ours.value, result.search_tree.summary().value)
 
-    @jax.jit
-    def search(params: Any, prediction: Any, value: jax.Array, state: jax.Array) -> tuple[jax.Array, ...]:
-        start = mctx.RootFnOutput(prior_logits=prediction.policy_logits, value=value, embedding=state)
-        result = policy(params, KEY, start, step, num_simulations=8, **flags)
-        return result.action, result.action_weights, result.search_tree.summary().value
 
-    action, weights, value = search(root.params, root.prediction, root.value, root.state)
-    assert np.array_equal(ours.action, action)
-    assert_close(ours.policy, weights)
-    assert_close(ours.value, value, rtol=1e-3)
+@pytest.mark.parametrize(("num_simulations", "visited"), [(1, [1, 0, 0, 0]), (6, [2, 2, 1, 1])])
+def test_ties_are_broken_uniformly(num_simulations, visited):
+    """In a fresh network all actions are alike: at every root a random one, or two, have a visit more than the others."""
+    args = mzu.Args(num_simulations=num_simulations, search_depth=1, dirichlet_fraction=0.0, num_bins=21)
+    num_roots, model = 4000, mzu.Model(4, args)
+    state = mzu.init_state((10, 5), model)
+    net = model.bind(state.params)
+    states = net.representation(jax.random.normal(KEY, (num_roots, 10, 5)))
+    search = jax.jit(functools.partial(mzu.search, model=model))
+    result = search(state.params, KEY, states, net.prediction(states))
+    visits = np.round(num_simulations * np.asarray(result.policy)).astype(int)
+    assert (np.sort(visits) == sorted(visited)).all()
+    counts = np.unique(visits, axis=0, return_counts=True)[1]
+    assert len(counts) == math.comb(4, visited.count(max(visited)))
+    expected = num_roots / len(counts)
+    assert ((counts - expected) ** 2 / expected).sum() < 20.5  # chi-square of 5 degrees of freedom: 1 in 1,000
 
 
 # ----------------------------------------------------------------------------------------------------------------- Loss

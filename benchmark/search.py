@@ -1,0 +1,107 @@
+"""Processor time of muzero_unplugged_bsuite's search, beside mctx's and beside the model that both run.
+
+    python -m benchmark.search
+
+BSuite's network with random heads, float32, on one core; the smallest of ROUNDS timings, the three in turns in one process.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mctx
+import numpy as np
+
+import muzero_unplugged_bsuite as mzu
+
+CASES = [  # roots, simulations, depth, actions
+    *((1_024, 20, None, 3), (1_024, 20, 4, 3), (4_096, 20, None, 3), (512, 50, None, 3), (1_024, 4, None, 3)),
+    (1_024, 20, None, 18),
+]
+ROUNDS, SECONDS = 7, 0.5  # SECONDS: at least, of each timing
+
+
+def random_network(num_actions: int, num_roots: int, **settings: Any) -> tuple[Any, ...]:
+    """(model, params, state, prediction): a model whose heads say something, and roots."""
+    model, key = mzu.Model(num_actions, mzu.Args(**settings)), jax.random.PRNGKey(0)
+    leaves, tree = jax.tree.flatten(mzu.init_state((10, 5), model).params)
+    keys = jax.random.split(key, len(leaves))
+    leaves = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    params = jax.device_put(jax.tree.unflatten(tree, leaves), jax.devices()[0])
+    net = model.bind(params)
+    state = net.representation(jax.random.normal(key, (num_roots, 10, 5)))
+    return model, params, state, net.prediction(state)
+
+
+def search_by_mctx(params: Any, key: jax.Array, state: jax.Array, prediction: mzu.Prediction, model: mzu.Model) -> Any:
+    """The same search by mctx.muzero_policy, at the same arguments and settings."""
+    args, value = model.args, mzu.to_scalar(prediction.value_logits)
+    root = mctx.RootFnOutput(prior_logits=prediction.policy_logits, value=value, embedding=state)
+    step, depth = functools.partial(mzu.expand, model=model), args.search_depth or args.num_simulations
+    noise = {"dirichlet_fraction": args.dirichlet_fraction, "temperature": args.temperature}
+    result = mctx.muzero_policy(params, key, root, step, args.num_simulations, max_depth=depth, **noise)
+    return mzu.Search(result.action, result.action_weights, result.search_tree.summary().value)
+
+
+def model_alone(params: Any, key: jax.Array, state: jax.Array, prediction: mzu.Prediction, model: mzu.Model) -> jax.Array:
+    """As many steps of the model as a search makes, each following from the one before."""
+
+    def step(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        after, state = mzu.expand(params, key, carry[1], carry[0], model)
+        return state, (jnp.argmax(after.prior_logits, axis=-1) + (after.reward + after.value > 0)) % model.num_actions
+
+    return jax.lax.fori_loop(0, model.args.num_simulations, step, (state, jnp.argmax(prediction.policy_logits, axis=-1)))[0]
+
+
+def processor_time(function: Callable[..., Any], *arguments: Any) -> float:
+    """Milliseconds a call."""
+    calls, start = 0, time.process_time()
+    while (spent := time.process_time() - start) < SECONDS:
+        jax.block_until_ready(function(*arguments))
+        calls += 1
+    return spent / calls * 1e3
+
+
+def main() -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    head = (
+        "roots",
+        "simulations",
+        "depth",
+        "actions",
+        "mctx",
+        "here",
+        "the model alone",
+        "mctx / here",
+        "equal visit counts",
+    )
+    print("|", *(f"{x} |" for x in head))
+    print("|", *("--- |" for _ in head))
+    for num_roots, num_simulations, depth, num_actions in CASES:
+        settings = {"num_simulations": num_simulations, "search_depth": depth}
+        model, *arguments = random_network(num_actions, num_roots, **settings)
+        arguments.insert(1, jax.random.PRNGKey(1))
+        functions = [jax.jit(function, static_argnames="model") for function in (search_by_mctx, mzu.search, model_alone)]
+        theirs, mine, _ = (jax.block_until_ready(function(*arguments, model)) for function in functions)
+        times = [[processor_time(function, *arguments, model) for function in functions] for _ in range(ROUNDS)]
+        mctx_ms, here_ms, model_ms = np.min(times, axis=0)
+        equal = np.isclose(theirs.policy, mine.policy, atol=1e-5).all(axis=1).sum()
+        row: tuple[Any, ...] = (
+            f"{num_roots:,}",
+            num_simulations,
+            depth or "any",
+            num_actions,
+            f"{mctx_ms:.1f} ms",
+            f"{here_ms:.1f} ms",
+        )
+        row += (f"{model_ms:.1f} ms", f"{mctx_ms / here_ms:.1f}", f"{equal:,} roots")
+        print("|", *(f"{x} |" for x in row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
