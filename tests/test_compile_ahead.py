@@ -35,7 +35,7 @@ ENTRY %main (p: f32[20,8,1024], q: f32[8,1024], i: s32[]) -> f32[20,8,1024] {
   %q = f32[8,1024]{1,0} parameter(1)
   %i = s32[] parameter(2)
   %start = (f32[8,1024]{1,0}, bf16[8]{0}) tuple(%q, %q)
-  %loop = (f32[8,1024]{1,0}, bf16[8]{0}) while(%start), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %loop = (f32[8,1024]{1,0}, bf16[8]{0}) while(%start), condition=%c, body=%body, config={"known_trip_count":{"n":"5"}}
   %w = f32[8,1024]{1,0} get-tuple-element(%loop), index=0
   %v = f32[1,8,1024]{2,1,0} bitcast(%w)
   %sum = f32[1,8,1024]{2,1,0} all-reduce(%v), replica_groups={}
