@@ -66,7 +66,7 @@ class InputError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    env_id: str = "catch"  # the task: catch, cartpole or mountain_car
+    env_id: str = "catch"  # the task: catch, cartpole or mountain_car, or an environment of Gymnasium, as CartPole-v1
     seed: int = 0  # everything random in the run follows from it
     total_steps: int = 200_000  # updates to make
     batch_size: int = 512  # windows per update
@@ -100,7 +100,7 @@ class Args:
     target_update_interval: int = 200  # updates between copies of the parameters to the target parameters
 
     eval_interval: int = 5_000  # updates between evaluations
-    eval_episodes: int = 32  # episodes per evaluation
+    eval_episodes: int = 32  # episodes per evaluation; with 0 there is no environment, and nothing is scored
     eval_envs: int = 32  # environments that play them side by side
     eval_only: bool = False  # with --resume: score the last checkpoint, print the result and stop
     log_interval: int = 1_000  # updates between lines of metrics.jsonl
@@ -114,7 +114,16 @@ class Args:
 
     def __post_init__(self) -> None:
         """Raises InputError for values that make no sense."""
-        zero = ("seed", "noise", "warmup_steps", "weight_decay", "cpu_devices", "dirichlet_fraction", "temperature")
+        zero = (
+            "seed",
+            "eval_episodes",
+            "noise",
+            "warmup_steps",
+            "weight_decay",
+            "cpu_devices",
+            "dirichlet_fraction",
+            "temperature",
+        )
         tiny, huge = sys.float_info.min, sys.float_info.max
         for name, value in vars(self).items():
             least = {"num_bins": 3}.get(name, 0 if name in zero or name.endswith(("_coef", "_scale")) else tiny)
@@ -127,8 +136,8 @@ class Args:
                 raise InputError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
         if self.distributed and self.run_dir is None:
             raise InputError("--distributed needs --run-dir: all processes train in one folder")
-        if self.eval_only and self.resume is None:
-            raise InputError("--eval-only needs --resume RUN_DIR")
+        if self.eval_only and (self.resume is None or self.eval_episodes == 0):
+            raise InputError("--eval-only needs --resume RUN_DIR, and --eval-episodes above 0")
         if self.search_depth is not None and self.search_depth > self.num_simulations:
             raise InputError(f"{self.num_simulations} simulations cannot grow a tree of depth {self.search_depth}")
         used = {"visit_counts": ("dirichlet_fraction", "temperature"), "mzu_q": ("dirichlet_fraction", "tau"), "gumbel": ()}
@@ -169,6 +178,8 @@ def find_dataset(args: Args) -> Path:
     folder = Path("datasets", "bsuite", f"{args.env_id}_noise_{args.noise}" if args.noise else args.env_id)
     if args.data_dir is None and not folder.exists():
         try:
+            if args.env_id not in BSuite.TASKS:
+                raise ImportError
             from data.record_bsuite import record_if_missing
         except ImportError:
             raise InputError(f"there is no dataset {folder}: name the folder of one by --data-dir") from None
@@ -211,18 +222,24 @@ def open_dataset(folder: Path) -> tuple[Steps, dict[str, Any]]:
     return data, meta
 
 
-def load_dataset(args: Args, observation_shape: tuple[int, ...], num_actions: int) -> tuple[Steps, np.ndarray, dict]:
+def load_dataset(args: Args, environment: Any = None) -> tuple[Steps, np.ndarray, dict]:
     """The run's dataset [N], the rows [M] of it to train on (all steps of a fraction of its episodes), and its meta.json.
 
+    It must fit the environment, if there is one. Observations that are vectors become matrices of one row.
     Raises InputError for a dataset that is missing, damaged, of another task or noise, or too small for the settings.
     """
     data, meta = open_dataset(find_dataset(args))
-    found = (meta.get("env_id"), meta["num_actions"], data.observation.shape[1:], str(data.observation.dtype))
-    wanted = (args.env_id, num_actions, observation_shape, "float32")
-    if found != wanted:
-        raise InputError(f"the dataset has {found}, not (environment, actions, shape, type of observations) {wanted}")
+    if data.observation.ndim == 2:  # vectors
+        data = data._replace(observation=data.observation[:, None])
+    shape, num_actions = data.observation.shape[1:], meta["num_actions"]
+    found = (meta.get("env_id"), num_actions, shape, str(data.observation.dtype))
+    if environment is not None:
+        shape, num_actions = environment.single_observation_space.shape, int(environment.single_action_space.n)
+    wanted = (args.env_id, num_actions, shape, "float32")
+    if found != wanted or len(shape) != 2:
+        raise InputError(f"the dataset has {found}, not (environment, actions, rows and columns, type) {wanted}")
     if meta.get("noise", 0.0) != args.noise:
-        raise InputError(f"the dataset has noise {meta.get('noise', 0.0)}, not {args.noise}: name it by --noise")
+        raise InputError(f"the dataset has noise {meta.get('noise', 0.0)!r}, not {args.noise}: name it by --noise")
     episodes, window = meta["episodes"], args.unroll_steps + args.bootstrap_steps + 1
     # Of as many equal stretches of the dataset as episodes are kept, one episode each, drawn by seed.
     edges = np.linspace(0, episodes, max(1, round(args.data_fraction * episodes)) + 1).astype(int)
@@ -445,6 +462,8 @@ class Targets(NamedTuple):
     reward: jax.Array  # [B, K]
     value: jax.Array  # [B, K+1]
     policy: jax.Array  # [B, K+1, A]
+    reward_weight: jax.Array  # [B, K], of the reward losses: 0 or, so that their mean is 1, a little more than 1
+    weight: jax.Array  # [B, K+1], of all other losses
 
 
 def make_labels(target_params: Any, key: jax.Array, observation: jax.Array, model: Model) -> Labels:
@@ -456,13 +475,19 @@ def make_labels(target_params: Any, key: jax.Array, observation: jax.Array, mode
     return Labels(result.value, result.policy)
 
 
-def n_step_return(reward: jax.Array, is_last: jax.Array, value: jax.Array, args: Args) -> jax.Array:
-    """z_t = sum_{i<n} D_i r_{t+i} + D_n v_{t+n}, D_0 = 1, D_{i+1} = D_i gamma (1 - is_last_{t+i+1}): [B, T] to [B, K+1]."""
+def n_step_return(batch: Steps, value: jax.Array, args: Args) -> jax.Array:
+    """z_t = sum_{i<n} D_i r_{t+i} + D_n v_{t+n}, D_0 = 1, D_{i+1} = D_i gamma (1 - is_last_{t+i+1}): [B, T] to [B, K+1].
+
+    An episode that was cut off at step L, within n steps of t, has no more rewards: gamma^(L-t) v_L stands for them.
+    """
     length = args.unroll_steps + 1
     result, discount = jnp.zeros_like(value[:, :length]), jnp.ones_like(value[:, :length])
     for i in range(args.bootstrap_steps):
-        result += discount * reward[:, i : i + length]
-        discount *= args.discount * ~is_last[:, i + 1 : i + 1 + length]
+        after = slice(i + 1, i + 1 + length)
+        result += discount * batch.reward[:, i : i + length]
+        discount *= args.discount
+        result += jnp.where(batch.is_last[:, after] & ~batch.is_terminal[:, after], discount * value[:, after], 0)
+        discount *= ~batch.is_last[:, after]
     return result + discount * value[:, args.bootstrap_steps :]
 
 
@@ -472,15 +497,24 @@ def random_actions(key: jax.Array, shape: tuple[int, ...], num_actions: int) -> 
 
 
 def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Targets:
-    """Targets of windows [B, T]; what lies after an episode's last step in the window is an absorbing state."""
+    """Targets of windows [B, T]; what lies after a terminal state in the window is an absorbing state.
+
+    Nothing is known from the step on at which an episode was cut off: there all losses have weight 0.
+    """
     k, length, num_actions = args.unroll_steps, args.unroll_steps + 1, labels.policy.shape[-1]
     ended = jax.lax.cummax(batch.is_last[:, :length].astype(int), axis=1) == 1  # any is_last in 0..t
     restarted = jax.lax.cummax(batch.is_first[:, 1 : length + 1].astype(int), axis=1) == 1  # any is_first in 1..t+1
+    first_end = batch.is_last[:, :length] & (jnp.cumsum(batch.is_last[:, :length], axis=1) == 1)
+    cut_off = jax.lax.cummax(
+        (first_end & ~batch.is_terminal[:, :length]).astype(int), axis=1
+    )  # in 0..t, by no terminal state
     return Targets(
         action=jnp.where(restarted[:, :k], random_actions(key, (len(ended), k), num_actions), batch.action[:, :k]),
         reward=jnp.where(restarted[:, :k], 0, batch.reward[:, :k]),
-        value=jnp.where(ended, 0, n_step_return(batch.reward, batch.is_last, labels.value, args)),
+        value=jnp.where(ended, 0, n_step_return(batch, labels.value, args)),
         policy=jnp.where(ended[..., None], 1 / num_actions, labels.policy[:, :length]),
+        reward_weight=(1 - cut_off[:, :k]) / jnp.maximum(1 - cut_off[:, :k].mean(), 1e-6),
+        weight=(1 - cut_off) / jnp.maximum(1 - cut_off.mean(), 1e-6),
     )
 
 
@@ -490,7 +524,7 @@ def scale_gradient(x: jax.Array, scale: float) -> jax.Array:
 
 
 def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax.Array, dict]:
-    """The training loss, a mean over steps and windows, and the metrics to log."""
+    """The training loss, a mean over the steps of all windows of which something is known, and the metrics to log."""
     args, net = model.args, model.bind(params)
     states = [net.representation(batch.observation[:, 0])]  # of the online encodings only o_0's is used
     for i in range(args.unroll_steps):
@@ -498,14 +532,14 @@ def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax
     prediction = net.prediction(jnp.stack(states, axis=1))  # [B, K+1, ...]
     log_policy = jax.nn.log_softmax(prediction.policy_logits)
 
-    def cross_entropy(logits: jax.Array, scalar: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy(logits, two_hot(value_transform(scalar), args.num_bins)).mean()
+    def cross_entropy(logits: jax.Array, scalar: jax.Array, weight: jax.Array) -> jax.Array:
+        return (weight * optax.softmax_cross_entropy(logits, two_hot(value_transform(scalar), args.num_bins))).mean()
 
     metrics = {
-        "reward_loss": cross_entropy(prediction.reward_logits[:, 1:], targets.reward),
-        "value_loss": cross_entropy(prediction.value_logits, targets.value),
-        "policy_loss": -jnp.sum(targets.policy * log_policy, axis=-1).mean(),
-        "policy_entropy": -jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1).mean(),
+        "reward_loss": cross_entropy(prediction.reward_logits[:, 1:], targets.reward, targets.reward_weight),
+        "value_loss": cross_entropy(prediction.value_logits, targets.value, targets.weight),
+        "policy_loss": -(targets.weight * jnp.sum(targets.policy * log_policy, axis=-1)).mean(),
+        "policy_entropy": -(targets.weight * jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1)).mean(),
     }
     total = metrics["reward_loss"] + args.value_coef * metrics["value_loss"] + args.policy_coef * metrics["policy_loss"]
     return total, metrics | {"total_loss": total}
@@ -625,15 +659,33 @@ class BSuite(gymnasium.Env):
         return timestep.observation, timestep.reward, timestep.last(), False, {}
 
 
-def make_environments(env_id: str, seeds: Sequence[int]) -> Any:
-    """An environment for each of the seeds, side by side; the step after an episode's end resets, and ignores its action.
+def make_environment(env_id: str, seed: int) -> gymnasium.Env:
+    """A task of bsuite, or an environment of Gymnasium with its observations as float32 matrices; a vector is one row.
 
-    Raises InputError for an unknown task, with the closest known one.
+    Raises InputError for an unknown name, with the closest known one, and for other observations or actions.
     """
-    if env_id not in BSuite.TASKS:
-        closest = difflib.get_close_matches(env_id, BSuite.TASKS, n=1, cutoff=0.0)[0]
-        raise InputError(f"there is no task {env_id!r}; did you mean {closest!r}? (known: {', '.join(BSuite.TASKS)})")
-    return gymnasium.vector.SyncVectorEnv([functools.partial(BSuite, env_id, seed) for seed in seeds])
+    if env_id in BSuite.TASKS:
+        return BSuite(env_id, seed)
+    try:
+        environment = gymnasium.make(env_id, disable_env_checker=True)
+    except (gymnasium.error.Error, ImportError) as error:
+        known = [*BSuite.TASKS, *gymnasium.registry]
+        if env_id in known:
+            raise InputError(f"{env_id} cannot be made: {str(error).strip().splitlines()[0]}") from None
+        closest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.0)[0]
+        raise InputError(f"there is no task {env_id!r}; did you mean {closest!r}?") from None
+    actions, space = environment.action_space, environment.observation_space
+    if not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0 or len(space.shape or ()) not in (1, 2):
+        raise InputError(f"{env_id} has {space} and {actions}, not vectors or matrices and a number of actions from 0")
+    shape = (1, *(space.shape or ()))[-2:]
+    matrices = gymnasium.spaces.Box(-np.inf, np.inf, shape, np.float32)
+    environment.reset(seed=seed)
+    return gymnasium.wrappers.TransformObservation(environment, lambda x: np.float32(x).reshape(shape), matrices)
+
+
+def make_environments(env_id: str, seeds: Sequence[int]) -> Any:
+    """An environment for each of the seeds, side by side; the step after an episode's end resets, and ignores its action."""
+    return gymnasium.vector.SyncVectorEnv([functools.partial(make_environment, env_id, seed) for seed in seeds])
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -744,7 +796,7 @@ def open_run(args: Args, meta: dict[str, Any]) -> dict[str, Any]:
     Raises InputError if the folder exists already, another program trains in it, or a resumed run's dataset has changed.
     """
     script, data_dir, before, commit = Path(__file__), str(find_dataset(args).absolute()), None, None
-    name = f"{args.env_id}__{script.stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{args.env_id.replace('/', '_')}__{script.stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     for i in itertools.count(1):  # two runs may begin in the same second
         run_dir = args.run_dir or Path("runs", f"{name}_{i}" if i > 1 else name)
         with suppress(FileExistsError):
@@ -811,7 +863,7 @@ def open_log(run: dict[str, Any], step: int) -> tuple[set[int], Callable[[int, d
     texts = path.read_text().splitlines(keepends=True) if path.exists() else []
     texts = [text for text in texts if text.endswith("\n") and json.loads(text)["step"] <= step]
     scored = {0} | {json.loads(text)["step"] for text in texts if "eval/return_mean" in text}
-    if step > args["total_steps"] or (step == args["total_steps"] and step in scored):
+    if step > args["total_steps"] or (step == args["total_steps"] and (step in scored or not args["eval_episodes"])):
         raise InputError(f"{path.parent} has made {step} updates already: name more with --total-steps")
     if jax.process_index() > 0:
         return scored, lambda step, metrics: None
@@ -860,14 +912,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
 def main(args: Args) -> int:
     """Trains, or with --eval-only evaluates, and returns the exit code."""
     use_devices(args)
-    environment = make_environments(args.env_id, [args.seed])
-    model = Model(int(environment.single_action_space.n), args)
-    state = init_state(environment.single_observation_space.shape, model)
-    if args.eval_only and args.resume:
+    environment = make_environments(args.env_id, [args.seed]) if args.eval_episodes else None
+    if args.eval_only and args.resume and environment:
+        model = Model(int(environment.single_action_space.n), args)
+        state = init_state(environment.single_observation_space.shape, model)
         state = restore(open_checkpoints(args.resume, read_only=True), state)
         print(json.dumps({"step": int(state.step), **evaluate(state, model, read_run(args.resume)["dataset"])}))
         return 0
-    dataset, rows, meta = load_dataset(args, environment.single_observation_space.shape, model.num_actions)
+    dataset, rows, meta = load_dataset(args, environment)
+    model = Model(meta["num_actions"], args)
+    state = init_state(dataset.observation.shape[1:], model)
     data = jax.device_put(jax.tree.map(lambda x: x[rows], dataset), sharding())
     stopped_by = catch_signals()
     first = jax.process_index() == 0  # of several processes the first writes and talks
@@ -887,7 +941,7 @@ def main(args: Args) -> int:
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
     sums, logged_step, seconds, calls = dict[str, float](), step, 0.0, itertools.count()
     while True:
-        if (step % args.eval_interval == 0 or step == args.total_steps) and step not in scored:
+        if (step % args.eval_interval == 0 or step == args.total_steps) and step not in scored and environment:
             save(checkpoints, state)
             if scores := evaluate(state, model, meta, stopped_by):
                 scored.add(step)
@@ -925,7 +979,7 @@ def main(args: Args) -> int:
     save(checkpoints, state)
     bar.close()
     checkpoints.close()
-    if step < args.total_steps or step not in scored:
+    if step < args.total_steps or (environment and step not in scored):
         say(f"stopped after {step} updates; go on with --resume {run_dir}")
         return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)
     return 0
@@ -940,11 +994,10 @@ if __name__ == "__main__":
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         known = (
-            type(error).__name__ == "InputError",
-            isinstance(error, OSError),
-            type(error).__module__.startswith("wandb"),
+            type(error).__name__ == "InputError" or isinstance(error, OSError) or type(error).__module__.startswith("wandb")
         )
-        if not any(known) and not any(word in str(error) for word in ("No space left on device", "RESOURCE_EXHAUSTED")):
+        words = ("No space left on device", "RESOURCE_EXHAUSTED", "Unable to initialize backend")
+        if not known and not any(word in str(error) for word in words):
             raise
         print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

@@ -103,7 +103,7 @@ class Args:
     target_update_interval: int = 200  # updates between copies of the parameters to the target parameters
 
     eval_interval: int = 20_000  # updates between evaluations
-    eval_episodes: int = 32  # episodes per evaluation
+    eval_episodes: int = 32  # episodes per evaluation; with 0 there is no environment, and nothing is scored
     eval_envs: int = 32  # environments that play them side by side
     eval_only: bool = False  # with --resume: score the last checkpoint, print the result and stop
     capture_video: bool = False  # film an episode of every evaluation, into the run's videos/
@@ -118,7 +118,7 @@ class Args:
 
     def __post_init__(self) -> None:
         """Raises InputError for values that make no sense."""
-        zero = ("seed", "warmup_steps", "weight_decay", "cpu_devices")
+        zero = ("seed", "eval_episodes", "warmup_steps", "weight_decay", "cpu_devices")
         tiny, huge = sys.float_info.min, sys.float_info.max
         for name, value in vars(self).items():
             least = {"num_bins": 3, "channels": 2}.get(
@@ -131,8 +131,8 @@ class Args:
                 raise InputError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
         if self.distributed and self.run_dir is None:
             raise InputError("--distributed needs --run-dir: all processes train in one folder")
-        if self.eval_only and self.resume is None:
-            raise InputError("--eval-only needs --resume RUN_DIR")
+        if self.eval_only and (self.resume is None or self.eval_episodes == 0):
+            raise InputError("--eval-only needs --resume RUN_DIR, and --eval-episodes above 0")
         if not self.sampling and self.num_simulations != Args.num_simulations:
             raise InputError("--num-simulations has no part in the exact target: name --sampling too")
 
@@ -219,16 +219,17 @@ def open_dataset(folder: Path) -> tuple[Steps, dict[str, Any]]:
     return data, meta
 
 
-def load_dataset(args: Args, observation_shape: tuple[int, ...], num_actions: int) -> tuple[Steps, np.ndarray, dict]:
+def load_dataset(args: Args, environment: Any = None) -> tuple[Steps, np.ndarray, dict]:
     """The run's dataset [N], the rows [M] of it to train on (all steps of a fraction of its episodes), and its meta.json.
 
     Raises InputError for a dataset that is missing, damaged, of another game, or too small for the settings.
     """
     data, meta = open_dataset(find_dataset(args))
+    num_actions = meta["num_actions"] if environment is None else int(environment.single_action_space.n)
     found = (meta.get("env_id"), meta["num_actions"], data.observation.shape[1:], str(data.observation.dtype))
-    wanted = (args.env_id, num_actions, observation_shape, "uint8")
+    wanted = (args.env_id, num_actions, (84, 84), "uint8")
     if found != wanted:
-        raise InputError(f"the dataset has {found}, not (environment, actions, shape, type of observations) {wanted}")
+        raise InputError(f"the dataset has {found}, not (environment, actions, rows and columns, type) {wanted}")
     episodes, window = meta["episodes"], args.unroll_steps + args.bootstrap_steps + 1
     # Of as many equal stretches of the dataset as episodes are kept, one episode each, drawn by seed.
     edges = np.linspace(0, episodes, max(1, round(args.data_fraction * episodes)) + 1).astype(int)
@@ -453,6 +454,8 @@ class Targets(NamedTuple):
     reward: jax.Array  # [B, K]
     value: jax.Array  # [B, K+1]
     policy: jax.Array  # [B, K+1, A]
+    reward_weight: jax.Array  # [B, K], of the reward losses: 0 or, so that their mean is 1, a little more than 1
+    weight: jax.Array  # [B, K+1], of all other losses
     behavior: jax.Array  # [B, K+1] bool, whether to clone the data's action
 
 
@@ -466,13 +469,19 @@ def make_labels(target_params: Any, key: jax.Array, observation: jax.Array, mode
     return Labels(to_scalar(prediction.reward_logits), to_scalar(prediction.value_logits), policy)
 
 
-def n_step_return(reward: jax.Array, is_last: jax.Array, value: jax.Array, args: Args) -> jax.Array:
-    """z_t = sum_{i<n} D_i r_{t+i} + D_n v_{t+n}, D_0 = 1, D_{i+1} = D_i gamma (1 - is_last_{t+i+1}): [B, T] to [B, K+1]."""
+def n_step_return(batch: Steps, value: jax.Array, args: Args) -> jax.Array:
+    """z_t = sum_{i<n} D_i r_{t+i} + D_n v_{t+n}, D_0 = 1, D_{i+1} = D_i gamma (1 - is_last_{t+i+1}): [B, T] to [B, K+1].
+
+    An episode that was cut off at step L, within n steps of t, has no more rewards: gamma^(L-t) v_L stands for them.
+    """
     length = args.unroll_steps + 1
     result, discount = jnp.zeros_like(value[:, :length]), jnp.ones_like(value[:, :length])
     for i in range(args.bootstrap_steps):
-        result += discount * reward[:, i : i + length]
-        discount *= args.discount * ~is_last[:, i + 1 : i + 1 + length]
+        after = slice(i + 1, i + 1 + length)
+        result += discount * batch.reward[:, i : i + length]
+        discount *= args.discount
+        result += jnp.where(batch.is_last[:, after] & ~batch.is_terminal[:, after], discount * value[:, after], 0)
+        discount *= ~batch.is_last[:, after]
     return result + discount * value[:, args.bootstrap_steps :]
 
 
@@ -482,18 +491,27 @@ def random_actions(key: jax.Array, shape: tuple[int, ...], num_actions: int) -> 
 
 
 def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Targets:
-    """Targets of windows [B, T]; what lies after an episode's last step in the window is an absorbing state."""
+    """Targets of windows [B, T]; what lies after a terminal state in the window is an absorbing state.
+
+    Nothing is known from the step on at which an episode was cut off: there all losses have weight 0.
+    """
     k, length, num_actions = args.unroll_steps, args.unroll_steps + 1, labels.policy.shape[-1]
     ended = jax.lax.cummax(batch.is_last[:, :length].astype(int), axis=1) == 1  # any is_last in 0..t
     restarted = jax.lax.cummax(batch.is_first[:, 1 : length + 1].astype(int), axis=1) == 1  # any is_first in 1..t+1
+    first_end = batch.is_last[:, :length] & (jnp.cumsum(batch.is_last[:, :length], axis=1) == 1)
+    cut_off = jax.lax.cummax(
+        (first_end & ~batch.is_terminal[:, :length]).astype(int), axis=1
+    )  # in 0..t, by no terminal state
     # The behaviour filter H(adv_t), H(x) = 1 for x >= 0, with the advantage at the observed next state.
     now, after = labels.value[:, :length], slice(1, length + 1)
     advantage = labels.reward[:, after] + args.discount * labels.value[:, after] - now
     return Targets(
         action=jnp.where(restarted[:, :k], random_actions(key, (len(ended), k), num_actions), batch.action[:, :k]),
         reward=jnp.where(restarted[:, :k], 0, batch.reward[:, :k]),
-        value=jnp.where(ended, 0, n_step_return(batch.reward, batch.is_last, labels.value, args)),
+        value=jnp.where(ended, 0, n_step_return(batch, labels.value, args)),
         policy=jnp.where(ended[..., None], 1 / num_actions, labels.policy[:, :length]),
+        reward_weight=(1 - cut_off[:, :k]) / jnp.maximum(1 - cut_off[:, :k].mean(), 1e-6),
+        weight=(1 - cut_off) / jnp.maximum(1 - cut_off.mean(), 1e-6),
         behavior=(advantage >= 0) & ~restarted,
     )
 
@@ -504,25 +522,25 @@ def scale_gradient(x: jax.Array, scale: float) -> jax.Array:
 
 
 def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax.Array, dict]:
-    """The training loss, a mean over steps and windows, and the metrics to log."""
+    """The training loss, a mean over the steps of all windows of which something is known, and the metrics to log."""
     args, net = model.args, model.bind(params)
     states = [net.representation(batch.observation[:, 0])]  # of the online encodings only o_0's is used
     for i in range(args.unroll_steps):
         states.append(scale_gradient(net.dynamics(states[-1], targets.action[:, i]), args.dynamics_gradient_scale))
     prediction = net.prediction(jnp.stack(states, axis=1))  # [B, K+1, ...]
     log_policy = jax.nn.log_softmax(prediction.policy_logits)
-    behavior_action = batch.action[:, : args.unroll_steps + 1, None]
+    behavior_action, cloned = batch.action[:, : args.unroll_steps + 1, None], targets.weight * targets.behavior
 
-    def cross_entropy(logits: jax.Array, scalar: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy(logits, two_hot(value_transform(scalar), args.num_bins)).mean()
+    def cross_entropy(logits: jax.Array, scalar: jax.Array, weight: jax.Array) -> jax.Array:
+        return (weight * optax.softmax_cross_entropy(logits, two_hot(value_transform(scalar), args.num_bins))).mean()
 
     metrics = {
-        "reward_loss": cross_entropy(prediction.reward_logits[:, 1:], targets.reward),
-        "value_loss": cross_entropy(prediction.value_logits, targets.value),
-        "policy_loss": -jnp.sum(targets.policy * log_policy, axis=-1).mean(),
-        "behavior_loss": -(targets.behavior * jnp.take_along_axis(log_policy, behavior_action, axis=-1)[..., 0]).mean(),
-        "policy_entropy": -jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1).mean(),
-        "behavior_fraction": targets.behavior.mean(),
+        "reward_loss": cross_entropy(prediction.reward_logits[:, 1:], targets.reward, targets.reward_weight),
+        "value_loss": cross_entropy(prediction.value_logits, targets.value, targets.weight),
+        "policy_loss": -(targets.weight * jnp.sum(targets.policy * log_policy, axis=-1)).mean(),
+        "behavior_loss": -(cloned * jnp.take_along_axis(log_policy, behavior_action, axis=-1)[..., 0]).mean(),
+        "policy_entropy": -(targets.weight * jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1)).mean(),
+        "behavior_fraction": cloned.mean(),
     }
     total = metrics["reward_loss"] + args.value_coef * metrics["value_loss"] + args.policy_coef * metrics["policy_loss"]
     total += args.behavior_coef * metrics["behavior_loss"]
@@ -744,7 +762,7 @@ def open_run(args: Args, meta: dict[str, Any]) -> dict[str, Any]:
     Raises InputError if the folder exists already, another program trains in it, or a resumed run's dataset has changed.
     """
     script, data_dir, before, commit = Path(__file__), str(find_dataset(args).absolute()), None, None
-    name = f"{args.env_id}__{script.stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{args.env_id.replace('/', '_')}__{script.stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     for i in itertools.count(1):  # two runs may begin in the same second
         run_dir = args.run_dir or Path("runs", f"{name}_{i}" if i > 1 else name)
         with suppress(FileExistsError):
@@ -811,7 +829,7 @@ def open_log(run: dict[str, Any], step: int) -> tuple[set[int], Callable[[int, d
     texts = path.read_text().splitlines(keepends=True) if path.exists() else []
     texts = [text for text in texts if text.endswith("\n") and json.loads(text)["step"] <= step]
     scored = {0} | {json.loads(text)["step"] for text in texts if "eval/return_mean" in text}
-    if step > args["total_steps"] or (step == args["total_steps"] and step in scored):
+    if step > args["total_steps"] or (step == args["total_steps"] and (step in scored or not args["eval_episodes"])):
         raise InputError(f"{path.parent} has made {step} updates already: name more with --total-steps")
     if jax.process_index() > 0:
         return scored, lambda step, metrics: None
@@ -862,10 +880,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
 def main(args: Args) -> int:
     """Trains, or with --eval-only evaluates, and returns the exit code."""
     use_devices(args)
-    environment = make_environments(args.env_id, [args.seed])
-    model = Model(int(environment.single_action_space.n), args)
-    state = init_state((84, 84, 4), model)
-    if args.eval_only and args.resume:
+    environment = make_environments(args.env_id, [args.seed]) if args.eval_episodes else None
+    if args.eval_only and args.resume and environment:
+        model = Model(int(environment.single_action_space.n), args)
+        state = init_state((84, 84, 4), model)
         state = restore(open_checkpoints(args.resume, read_only=True), state)
         print(
             json.dumps(
@@ -873,7 +891,9 @@ def main(args: Args) -> int:
             )
         )
         return 0
-    data, rows, meta = load_dataset(args, (84, 84), model.num_actions)
+    data, rows, meta = load_dataset(args, environment)
+    model = Model(meta["num_actions"], args)
+    state = init_state((84, 84, 4), model)
     stopped_by = catch_signals()
     first = jax.process_index() == 0  # of several processes the first writes and talks
     run = open_run(args, meta) if first else {"args": vars(args)}
@@ -892,7 +912,7 @@ def main(args: Args) -> int:
     compiled_update = update_windows.lower(state, batch, model).compile()
     sums, logged_step, seconds, calls = dict[str, float](), step, 0.0, itertools.count()
     while True:
-        if (step % args.eval_interval == 0 or step == args.total_steps) and step not in scored:
+        if (step % args.eval_interval == 0 or step == args.total_steps) and step not in scored and environment:
             save(checkpoints, state)
             if scores := evaluate(state, model, meta, stopped_by, run_dir):
                 scored.add(step)
@@ -929,7 +949,7 @@ def main(args: Args) -> int:
     save(checkpoints, state)
     bar.close()
     checkpoints.close()
-    if step < args.total_steps or step not in scored:
+    if step < args.total_steps or (environment and step not in scored):
         say(f"stopped after {step} updates; go on with --resume {run_dir}")
         return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)
     return 0
@@ -944,11 +964,10 @@ if __name__ == "__main__":
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         known = (
-            type(error).__name__ == "InputError",
-            isinstance(error, OSError),
-            type(error).__module__.startswith("wandb"),
+            type(error).__name__ == "InputError" or isinstance(error, OSError) or type(error).__module__.startswith("wandb")
         )
-        if not any(known) and not any(word in str(error) for word in ("No space left on device", "RESOURCE_EXHAUSTED")):
+        words = ("No space left on device", "RESOURCE_EXHAUSTED", "Unable to initialize backend")
+        if not known and not any(word in str(error) for word in words):
             raise
         print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

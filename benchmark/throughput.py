@@ -52,7 +52,7 @@ def peak_memory() -> str:
 
 def bsuite(script: Any, args: Any, model: Any, shape: tuple[int, ...]) -> None:
     """Labels of the dataset and compiled loops of updates."""
-    dataset, rows, meta = script.load_dataset(args, shape, model.num_actions)
+    dataset, rows, meta = script.load_dataset(args)
     data = jax.device_put(jax.tree.map(lambda x: x[rows], dataset), script.sharding())
     state = script.init_state(shape, model)
 
@@ -103,7 +103,7 @@ def matrix_product_speed(dtype: str) -> float:
 def atari(script: Any, args: Any, model: Any, memory_only: bool) -> None:
     """Single updates on batches of windows."""
     state = script.init_state((84, 84, 4), model)
-    data, rows, _ = script.load_dataset(args, (84, 84), model.num_actions)
+    data, rows, _ = script.load_dataset(args)
     batches = script.batches(data, rows, state.key, 0, args)
     batch = next(batches)
     start = time.perf_counter()

@@ -86,7 +86,7 @@ def filled(kind: Any, **fields: Any) -> Any:
 
 def steps(script: Any, **fields: Any) -> Any:
     """Steps of episodes that all end by themselves."""
-    return filled(script.Steps, **fields | {"is_terminal": fields["is_last"]})
+    return filled(script.Steps, **{"is_terminal": fields["is_last"]} | fields)
 
 
 def dataset(script: Any, lengths: list[int], **fields: Any) -> Any:
@@ -496,10 +496,11 @@ def windows_of(data: Any, window: int) -> Any:
 
 
 def expected_targets(batch: Any, labels: Any, drawn: np.ndarray, args: Any) -> dict[str, np.ndarray]:
-    """The targets' definitions, as loops over single steps; every episode ends by itself."""
+    """The targets' definitions, as loops over single steps. What is not known counts nothing, and is whatever it is."""
     k, n, size = args.unroll_steps, args.bootstrap_steps, len(batch.action)
     action, reward = np.zeros((size, k), int), np.zeros((size, k))
     value, policy, behavior = np.zeros((size, k + 1)), np.zeros((size, k + 1, 3)), np.zeros((size, k + 1), bool)
+    known = np.ones((size, k + 1))
     batch, labels = jax.tree.map(np.asarray, (batch, labels))
     for b, t in itertools.product(range(size), range(k + 1)):
         restarted = batch.is_first[b, 1 : t + 2].any()
@@ -507,15 +508,18 @@ def expected_targets(batch: Any, labels: Any, drawn: np.ndarray, args: Any) -> d
             action[b, t] = drawn[b, t] if restarted else batch.action[b, t]
             reward[b, t] = 0 if restarted else batch.reward[b, t]
         policy[b, t] = 1 / 3
-        if not batch.is_last[b, : t + 1].any():
-            policy[b, t], discount = labels.policy[b, t], 1.0
-            for i in range(n):
-                value[b, t] += discount * batch.reward[b, t + i]
-                discount *= args.discount * (not batch.is_last[b, t + i + 1])
-            value[b, t] += discount * labels.value[b, t + n]
+        ends = np.flatnonzero(batch.is_last[b, : t + 1])
+        known[b, t] = len(ends) == 0 or batch.is_terminal[b, ends[0]]
+        if not len(ends):
+            policy[b, t], later = labels.policy[b, t], np.flatnonzero(batch.is_last[b, t : t + n + 1])
+            steps = later[0] if len(later) else n
+            value[b, t] = sum(args.discount**i * batch.reward[b, t + i] for i in range(steps))
+            if not batch.is_terminal[b, t + steps]:
+                value[b, t] += args.discount**steps * labels.value[b, t + steps]
         advantage = labels.reward[b, t + 1] + args.discount * labels.value[b, t + 1] - labels.value[b, t]
         behavior[b, t] = advantage >= 0 and not restarted
-    return {"action": action, "reward": reward, "value": value, "policy": policy, "behavior": behavior}
+    weights = {"reward_weight": known[:, :k] / known[:, :k].mean(), "weight": known / known.mean()}
+    return {"action": action, "reward": reward, "value": value, "policy": policy, "behavior": behavior} | weights
 
 
 def two_hot(x: np.ndarray, num_bins: int) -> np.ndarray:
@@ -529,7 +533,12 @@ def two_hot(x: np.ndarray, num_bins: int) -> np.ndarray:
 
 def expected_loss(params: Any, batch: Any, targets: dict[str, np.ndarray], model: Any) -> tuple[jax.Array, dict]:
     """The losses, step after step, and the scaled gradient by its derivative instead of a stopped part."""
-    k, net, mean = model.args.unroll_steps, model.bind(params), jnp.mean
+    k, net = model.args.unroll_steps, model.bind(params)
+    known = targets["weight"] > 0
+
+    def mean(x: jax.Array, t: int) -> jax.Array:
+        """The part of step t in a mean over all that is known; of the rewards there is one step less."""
+        return jnp.sum(jnp.where(known[:, t], x, 0)) / known.sum()
 
     @jax.custom_vjp
     def held_back(x: jax.Array) -> jax.Array:
@@ -546,30 +555,44 @@ def expected_loss(params: Any, batch: Any, targets: dict[str, np.ndarray], model
             jax.nn.log_softmax(getattr(net.prediction(state), f"{name}_logits")) for name in ("reward", "value", "policy")
         )
         if t > 0:
-            losses["reward"].append(-mean(jnp.sum(bins["reward"][:, t - 1] * reward, axis=-1)))
-        losses["value"].append(-mean(jnp.sum(bins["value"][:, t] * value, axis=-1)))
-        losses["policy"].append(-mean(jnp.sum(targets["policy"][:, t] * log_policy, axis=-1)))
+            losses["reward"].append(-mean(jnp.sum(bins["reward"][:, t - 1] * reward, axis=-1), t - 1))
+        losses["value"].append(-mean(jnp.sum(bins["value"][:, t] * value, axis=-1), t))
+        losses["policy"].append(-mean(jnp.sum(targets["policy"][:, t] * log_policy, axis=-1), t))
         taken = jnp.sum(jax.nn.one_hot(batch.action[:, t], 3) * log_policy, axis=-1)
-        losses["behavior"].append(-mean(jnp.where(targets["behavior"][:, t], taken, 0)))
-        losses["entropy"].append(-mean(jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1)))
-    means = {name: sum(each) / len(each) for name, each in losses.items()}
+        losses["behavior"].append(-mean(jnp.where(targets["behavior"][:, t], taken, 0), t))
+        losses["entropy"].append(-mean(jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1), t))
+    means = {name: sum(each) for name, each in losses.items()}
+    means["reward"] *= known.sum() / known[:, :k].sum()
     total = means["reward"] + sum(LOSS[f"{name}_coef"] * means[name] for name in ("value", "policy", "behavior"))
     metrics = {f"{name}_loss": means[name] for name in ("reward", "value", "policy", "behavior")}
-    metrics |= {"policy_entropy": means["entropy"], "behavior_fraction": np.mean(targets["behavior"]), "total_loss": total}
+    metrics |= {
+        "policy_entropy": means["entropy"],
+        "behavior_fraction": np.mean(targets["behavior"][known]),
+        "total_loss": total,
+    }
     return total, metrics
 
 
-def test_targets_losses_and_gradients_at_other_settings():
-    """Every coefficient, the discount, the steps, the bins and the gradient's scale, against the definitions."""
-    model = small_model(rosmo, **LOSS)
+@pytest.mark.parametrize("cut_off", [[], [2, 8], [0, 1, 2, 3, 4]])
+def test_targets_losses_and_gradients_at_other_settings(cut_off):
+    """Every coefficient, the discount, the steps, the bins and the gradient's scale, against the definitions.
+
+    cut_off: those of the episodes that end in no terminal state.
+    """
+    model, lengths = small_model(rosmo, **LOSS), [2, 3, 8, 4, 9, 5, 3, 7, 6, 12]
     args, params = model.args, random_parameters(model)
-    batch = windows_of(dataset(rosmo, [2, 3, 8, 4, 9]), args.unroll_steps + args.bootstrap_steps + 1)
+    is_last = np.isin(np.arange(sum(lengths)), np.cumsum(lengths) - 1)
+    is_terminal = is_last & ~np.isin(np.cumsum(is_last) - 1, cut_off)
+    batch = windows_of(dataset(rosmo, lengths, is_terminal=is_terminal), args.unroll_steps + args.bootstrap_steps + 1)
     labels = random_labels(rosmo, *batch.action.shape)
     targets = rosmo.make_targets(KEY, batch, labels, args)
     drawn = rosmo.random_actions(KEY, (len(batch.action), args.unroll_steps), 3)
     expected = expected_targets(batch, labels, np.asarray(drawn), args)
+    assert (expected["weight"].min() == 0) == bool(cut_off)
     for name, values in expected.items():
-        np.testing.assert_allclose(getattr(targets, name), values, rtol=1e-5, atol=1e-4, err_msg=name)
+        weight = {"reward": "reward_weight", "value": "weight"}.get(name)
+        shown = np.asarray(targets._asdict()[weight]) > 0 if weight else np.True_
+        np.testing.assert_allclose(shown * getattr(targets, name), shown * values, rtol=1e-5, atol=1e-4, err_msg=name)
     pairs = (functools.partial(rosmo.loss, targets=targets), functools.partial(expected_loss, targets=expected))
     (gradient, metrics), (their_gradient, their_metrics) = (
         jax.jit(jax.grad(functools.partial(each, batch=batch, model=model), has_aux=True))(params) for each in pairs

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -85,12 +86,17 @@ def test_damage_is_named(tmp_path, damage, sentence):
         rosmo_bsuite.open_dataset(folder)
 
 
+def environment(shape, num_actions):
+    spaces = types.SimpleNamespace(shape=shape), types.SimpleNamespace(n=num_actions)
+    return types.SimpleNamespace(single_observation_space=spaces[0], single_action_space=spaces[1])
+
+
 @pytest.mark.parametrize(
     ("settings", "shape", "num_actions", "sentence"),
     [
         ({"env_id": "cartpole"}, (10, 5), 3, r"\('catch', 3, \(10, 5\), 'float32'\), not .*\('cartpole', 3"),
-        ({}, (10, 5), 4, r"\('catch', 4, \(10, 5\)"),
-        ({}, (1, 6), 3, r"\('catch', 3, \(1, 6\)"),
+        ({}, (10, 5), 4, r"\('catch', 3, \(10, 5\), 'float32'\), not .*\('catch', 4"),
+        ({}, (1, 6), 3, r"not .*\('catch', 3, \(1, 6\)"),
         ({"noise": 0.2}, (10, 5), 3, "has noise 0.1, not 0.2: name it by --noise"),
         ({"unroll_steps": 5}, (10, 5), 3, "windows of 9 steps are longer than every episode of the data .at most 8"),
         ({"batch_size": 14}, (10, 5), 3, "--batch-size 14 is more than the 13 windows"),
@@ -99,10 +105,25 @@ def test_damage_is_named(tmp_path, damage, sentence):
 )
 def test_datasets_that_do_not_fit(tmp_path, settings, shape, num_actions, sentence):
     fitting = {"noise": 0.1, "batch_size": 13, "data_dir": write(tmp_path / "catch", noise=0.1)}
-    data, rows, meta = rosmo_bsuite.load_dataset(rosmo_bsuite.Args(**fitting), (10, 5), 3)
+    data, rows, meta = rosmo_bsuite.load_dataset(rosmo_bsuite.Args(**fitting), environment((10, 5), 3))
     assert np.array_equal(rows, np.arange(19)) and meta["noise"] == 0.1 and isinstance(data.observation, np.memmap)
     with pytest.raises(rosmo_bsuite.InputError, match=sentence):
-        rosmo_bsuite.load_dataset(rosmo_bsuite.Args(**fitting | settings), shape, num_actions)
+        rosmo_bsuite.load_dataset(rosmo_bsuite.Args(**fitting | settings), environment(shape, num_actions))
+
+
+def test_without_an_environment_the_dataset_tells_the_shapes(tmp_path):
+    """A vector becomes a matrix of one row; other shapes are refused."""
+    folder = write(tmp_path / "plant")
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"env_id": "plant"}))
+    args = rosmo_bsuite.Args(env_id="plant", batch_size=2, data_dir=folder, eval_episodes=0)
+    vectors = np.random.default_rng(0).normal(size=(19, 7)).astype(np.float32)
+    np.save(folder / "observation.npy", vectors)
+    data, _, meta = rosmo_bsuite.load_dataset(args)
+    assert np.array_equal(data.observation, vectors[:, None]) and meta["num_actions"] == 3
+    np.save(folder / "observation.npy", np.zeros((19, 2, 3, 4), np.float32))
+    with pytest.raises(rosmo_bsuite.InputError, match=r"not \(environment, actions, rows and columns, type"):
+        rosmo_bsuite.load_dataset(args)
 
 
 def test_atari_wants_frames_of_bytes(tmp_path):
@@ -111,7 +132,7 @@ def test_atari_wants_frames_of_bytes(tmp_path):
     for shape, dtype in (((84, 84), np.float32), ((84, 84, 4), np.uint8)):
         np.save(folder / "observation.npy", np.zeros((19, *shape), dtype))
         with pytest.raises(rosmo_atari.InputError, match="the dataset has"):
-            rosmo_atari.load_dataset(rosmo_atari.Args(**TINY, env_id="catch", data_dir=folder), (84, 84), 3)
+            rosmo_atari.load_dataset(rosmo_atari.Args(**TINY, env_id="catch", data_dir=folder))
 
 
 def test_a_fraction_is_evenly_spaced_and_chosen_by_seed(tmp_path):
@@ -119,7 +140,7 @@ def test_a_fraction_is_evenly_spaced_and_chosen_by_seed(tmp_path):
 
     def kept(fraction, seed):
         args = rosmo_bsuite.Args(data_dir=folder, batch_size=1, data_fraction=fraction, seed=seed)
-        data, rows, _ = rosmo_bsuite.load_dataset(args, (10, 5), 3)
+        data, rows, _ = rosmo_bsuite.load_dataset(args)
         assert (
             (np.diff(rows.reshape(-1, 8)) == 1).all() and data.is_first[rows[::8]].all() and data.is_last[rows[7::8]].all()
         )
@@ -189,7 +210,7 @@ def test_stacks_at_episode_starts():
 def test_batches_from_host_and_device_are_equal(breakout_dataset, fraction):
     """They are the rows that sample_windows names of the episodes that are kept, in the order of the updates."""
     args = dataclasses.replace(ATARI, data_dir=breakout_dataset, data_fraction=fraction)
-    data, rows, _ = rosmo_atari.load_dataset(args, (84, 84), 4)
+    data, rows, _ = rosmo_atari.load_dataset(args)
     key = jax.random.PRNGKey(3)
     host, device = (
         rosmo_atari.batches(data, rows, key, 7, dataclasses.replace(args, data_place=place)) for place in ("host", "device")

@@ -154,6 +154,35 @@ def test_bsuite_tasks_are_bsuites():
     assert np.array_equal(games[0], games[2]) and not np.array_equal(games[0], games[1])
 
 
+def test_environments_of_gymnasium():
+    """Vectors as matrices of one row, float32; seeds; a time limit is no terminal state."""
+    environments = rosmo_bsuite.make_environments("MountainCar-v0", [1, 2, 1])
+    observation, _ = environments.reset()
+    assert observation.shape == (3, 1, 2) and observation.dtype == np.float32 and environments.single_action_space.n == 3
+    assert np.array_equal(observation[0], observation[2]) and not np.array_equal(observation[0], observation[1])
+    for t in range(1, 202):
+        observation, _, terminated, truncated, _ = environments.step(np.zeros(3, int))
+        assert not terminated.any() and (truncated == (t == 200)).all()
+    assert observation.shape == (3, 1, 2) and np.array_equal(observation[0], observation[2])
+
+
+@pytest.mark.parametrize(
+    ("env_id", "sentence"),
+    [
+        ("CartPol-v1", "there is no task 'CartPol-v1'; did you mean 'CartPole-v1'"),
+        ("catsh", "did you mean 'catch'"),
+        ("CartPole-v7", "there is no task 'CartPole-v7'"),
+        ("nothing:CartPole-v1", "there is no task 'nothing:CartPole-v1'"),
+        ("Pendulum-v1", "Pendulum-v1 has .*not vectors or matrices and a number of actions"),
+        ("FrozenLake-v1", "FrozenLake-v1 has .*not vectors or matrices and a number of actions"),
+        ("Blackjack-v1", "Blackjack-v1 has .*not vectors or matrices and a number of actions"),
+    ],
+)
+def test_environments_that_do_not_fit(env_id, sentence):
+    with pytest.raises(rosmo_bsuite.InputError, match=sentence):
+        rosmo_bsuite.make_environments(env_id, [0])
+
+
 def test_settings_of_atari(monkeypatch):
     """Those of the datasets, game scores that are not clipped, and half an hour of play at most; seeds as they are given."""
     settings = {}

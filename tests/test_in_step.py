@@ -84,7 +84,7 @@ BENCHMARKS: dict = {
     "only_first": {
         "MLP": NETWORKS,
         **dict.fromkeys(("label_dataset", "update_many"), FRAMES),
-        **dict.fromkeys(("BSuite", "import gymnasium"), ENVIRONMENTS),
+        **dict.fromkeys(("BSuite", "make_environment", "import gymnasium"), ENVIRONMENTS),
         "from bsuite.environments import cartpole, catch, mountain_car": IMPORTS,
     },
     "only_second": {

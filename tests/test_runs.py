@@ -15,6 +15,7 @@ import sys
 import types
 from pathlib import Path
 
+import gymnasium
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -23,6 +24,7 @@ import pytest
 import muzero_unplugged_bsuite
 import rosmo_atari
 import rosmo_bsuite
+from data.dataset import write_dataset
 from tests.programs import (
     SMALL,
     TINY_FLAGS,
@@ -232,6 +234,66 @@ def test_a_batch_is_split_over_the_cores(cores, settings, devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     rosmo_bsuite.use_devices(rosmo_bsuite.Args(**settings))
     assert chosen == [("jax_num_cpu_devices", devices)]
+
+
+def random_play(folder, env_id, terminal=None):
+    """Thirty episodes of random play of CartPole-v1 under this name; terminal: what to write instead of the truth."""
+    environment, random = gymnasium.make("CartPole-v1", max_episode_steps=20), np.random.default_rng(0)
+    with write_dataset(folder, benchmark="bsuite", env_id=env_id, num_actions=2) as writer:
+        for episode in range(30):
+            observations, actions, is_over = [environment.reset(seed=episode)[0]], [], False
+            while not is_over:
+                actions.append(random.integers(2))
+                observation, _, terminated, truncated, _ = environment.step(actions[-1])
+                observations, is_over = [*observations, observation], terminated or truncated
+            ended = terminated if terminal is None else terminal
+            writer.add_episode(np.stack(observations), np.array(actions), np.ones(len(actions)), bool(ended))
+    return folder
+
+
+@pytest.mark.parametrize("script", [rosmo_bsuite, muzero_unplugged_bsuite])
+def test_a_run_in_an_environment_of_gymnasium(script, tmp_path):
+    """Datasets are looked for by its name; its time limits end episodes of the evaluation too."""
+    folder = random_play(tmp_path / "data", "CartPole-v1")
+    flags = [*small_flags(script), "--env-id", "CartPole-v1", "--data-dir", folder, "--total-steps", 20]
+    assert run(script, [*flags, "--run-dir", tmp_path / "run"]) == 0
+    (last,) = scores(metrics(tmp_path / "run"))
+    assert last["eval/return_mean"] == last["eval/length_mean"] > 5 and "eval/normalized_score" not in last
+    with pytest.raises(script.InputError, match="there is no dataset datasets/bsuite/CartPole-v1: name the folder"):
+        run(script, [*small_flags(script), "--env-id", "CartPole-v1"])
+
+
+@both
+def test_a_run_without_an_environment(script, tmp_path, breakout_dataset):
+    """Of logs alone, under any name: it trains and scores nothing."""
+    if script is rosmo_atari:
+        folder = shutil.copytree(breakout_dataset, tmp_path / "data")
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(meta | {"env_id": "plant"}))
+    else:
+        folder = random_play(tmp_path / "data", "plant")
+    flags = [*small_flags(script), "--env-id", "plant", "--data-dir", folder, "--total-steps", 20]
+    with pytest.raises(script.InputError, match=r"there is no (task|game) 'plant'"):
+        run(script, [*flags, "--run-dir", tmp_path / "run"])
+    flags = [*flags, "--run-dir", tmp_path / "run", "--eval-episodes", 0, "--eval-interval", 10]
+    assert run(script, flags) == 0
+    lines = metrics(tmp_path / "run")
+    assert lines == [line for line in lines if "train/total_loss" in line] and lines[-1]["step"] == 20
+    with pytest.raises(script.InputError, match="has made 20 updates already"):
+        run(script, ["--resume", tmp_path / "run"])
+    with pytest.raises(script.InputError, match="--eval-only needs --resume RUN_DIR, and --eval-episodes above 0"):
+        run(script, ["--resume", tmp_path / "run", "--eval-only"])
+
+
+def test_cut_off_episodes_are_not_terminal(tmp_path):
+    """The same play, with every end terminal and with every end a time limit."""
+    flags = [*SMALL, "--env-id", "plant", "--total-steps", 20, "--eval-episodes", 0]
+    lines = []
+    for terminal in (True, False):
+        folder = random_play(tmp_path / f"data_{terminal}", "plant", terminal)
+        assert run(rosmo_bsuite, [*flags, "--data-dir", folder, "--run-dir", tmp_path / f"run_{terminal}"]) == 0
+        lines.append(training(metrics(tmp_path / f"run_{terminal}"))[0])
+    assert all(lines[0][name] != lines[1][name] for name in lines[0] if name.endswith("_loss"))
 
 
 # ----------------------------------------------------------------------------------------------------------- Stopping
