@@ -9,7 +9,7 @@ Formats, known by the names of their files:
     rl_unplugged   run_1-00000-of-00050: RL Unplugged's own shards (Gulcehre et al. 2020, arXiv 2006.13888)
     tfds           *.tfrecord-00000-of-00001 and features.json: the same as TensorFlow Datasets leaves it on disk
     dqn_replay     $store$_observation_ckpt.0.gz and its siblings: DQN Replay (Agarwal et al. 2020, arXiv 1907.04543)
-    minari         main_data.hdf5: discrete actions, 84x84 frames (of a stack the newest) or vectors
+    minari         main_data.hdf5 or data/metadata.json: discrete actions, images or vectors; also by its name
 """
 
 import itertools
@@ -26,24 +26,25 @@ from tqdm import tqdm
 from data.dataset import InputError, check_disk, run_program, write_dataset
 from data.dqn_replay import OBSERVATIONS, open_checkpoints
 from data.games import STEP_BYTES, default_folder, games, num_actions, reference_returns
-from data.minari_datasets import MAIN_FILE, export_minari, minari_folder, open_minari
+from data.minari_datasets import DATA, export_minari, find_source, open_minari
 from data.rl_unplugged import PREPARED, SHARDS, dataset_info, download, open_prepared, open_shards
 from data.source import FRAME, Source
 
-FILES = {"rl_unplugged": SHARDS, "tfds": PREPARED, "dqn_replay": OBSERVATIONS, "minari": MAIN_FILE}
-OPEN = {"rl_unplugged": open_shards, "tfds": open_prepared, "dqn_replay": open_checkpoints, "minari": open_minari}
+FILES = {"rl_unplugged": SHARDS, "tfds": PREPARED, "dqn_replay": OBSERVATIONS, "minari": DATA}
+OPEN = {"rl_unplugged": open_shards, "tfds": open_prepared, "dqn_replay": open_checkpoints}
 NO_NUMBER = -1  # of a file that is not one of several shards
 
 
 @dataclass(frozen=True)
 class Args:
     env_id: str  # the game that the data are of, such as Breakout
-    source: tuple[Path, ...] = ()  # folder or files to convert; without it, RL Unplugged's shards of --run are downloaded
+    source: tuple[Path, ...] = ()  # folder or files to convert, or a Minari dataset's name; without it --run is downloaded
     format: Literal["auto", "rl_unplugged", "tfds", "dqn_replay", "minari"] = "auto"  # of the source
     run: int | None = None  # run of RL Unplugged, 1 to 5
     shards: tuple[str, ...] = ()  # numbers and ranges of shards or checkpoints, such as 0 10-19; by default all
     percentage: float = 100.0  # part of the episodes to take, evenly spaced
     max_episodes: int | None = None  # take at most so many
+    observation_key: str | None = None  # which of a Minari dataset's Dict observations to take
     out: Path | None = None  # folder to make; by default the place where the training scripts look for it
     download_dir: Path = Path("datasets/downloads/rl_unplugged")  # where downloaded shards stay
     base_url: str = "https://storage.googleapis.com/rl_unplugged"  # RL Unplugged's public bucket
@@ -80,14 +81,13 @@ def find_files(args: Args, shards: list[int]) -> tuple[str, list[Path]]:
 
     Raises InputError if there is no dataset, several, or if a shard of it is missing.
     """
-    paths = [minari_folder(path) if args.format == "minari" and not path.exists() else path for path in args.source]
+    paths = [find_source(path) for path in args.source]
     found: dict[tuple[str, Path, str | None, str | None], dict[int, list[Path]]] = {}
     for path in paths:
-        if not path.exists():
-            raise InputError(f"there is no {path}")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             for name, pattern in FILES.items():
-                match = pattern.fullmatch(file.name) if args.format in ("auto", name) else None
+                names = (file.name, "/".join(file.absolute().parts[-2:])) if args.format in ("auto", name) else ()
+                match = next(filter(None, map(pattern.fullmatch, names)), None)
                 group = match.groupdict() if match else {}
                 run, count, shard = group.get("run"), group.get("count"), int(group.get("shard") or NO_NUMBER)
                 if match and (run is None or args.run in (None, int(run))):
@@ -133,20 +133,38 @@ def open_source(args: Args, out: Path) -> Source:
         name, files = "rl_unplugged", download(args.env_id, args.run, shards, args.download_dir, args.base_url, out, share)
     else:
         raise InputError("name what to convert by --source, or a run of RL Unplugged to download by --run 1 (to 5)")
-    source = OPEN[name](files)
-    meta: dict[str, Any] = {"benchmark": "minari", "env_id": args.env_id, "num_actions": source.num_actions}
+    source = open_minari(files[0].parent, args.observation_key) if name == "minari" else OPEN[name](files)
+    meta: dict[str, Any] = {"benchmark": "bsuite", "num_actions": source.num_actions, "noise": 0.0}
     if source.shape == FRAME:
         check_name(files[0], args.env_id)
         actions = num_actions(args.env_id)
         if source.num_actions not in (None, actions):
             raise InputError(f"{files[0]} has {source.num_actions} actions, but {args.env_id} has {actions}")
-        meta |= {"benchmark": "atari", "num_actions": actions, "reference_returns": reference_returns(args.env_id)}
+        meta = {"benchmark": "atari", "num_actions": actions, "reference_returns": reference_returns(args.env_id)}
     taken = {"files": [file.name for file in files], "percentage": args.percentage, "max_episodes": args.max_episodes}
-    return source._replace(meta=meta | source.meta | taken)
+    return source._replace(meta=meta | source.meta | taken | {"env_id": args.env_id})
+
+
+def write(source: Source, out: Path, percentage: float = 100.0, max_episodes: int | None = None) -> Path:
+    """Writes a part of the episodes, with progress on stderr and a summary on stdout, and returns the new folder."""
+    steps = source.steps * percentage / 100
+    steps = steps if max_episodes is None else min(steps, max_episodes * source.length)
+    step_bytes = STEP_BYTES if source.shape == FRAME else 4 * math.prod(source.shape) + 11
+    print(check_disk(out, steps * step_bytes, "take less by --shards, --percentage or --max-episodes"))
+    bar = tqdm(total=round(steps), unit="step", unit_scale=True, desc=f"converting {source.meta['env_id']}")
+    with bar, write_dataset(out, **source.meta) as writer:
+        for episode in source.read(subset(source.items, percentage, max_episodes)):
+            if len(episode.action):
+                episode.add_to(writer)
+                bar.update(len(episode.action) + 1)
+        if not writer.returns:
+            raise InputError("no episode is left, or none has a step: take more by --percentage")
+    print(writer.summary(out))
+    return out
 
 
 def convert(args: Args) -> Path:
-    """Downloads if need be, converts, with progress on stderr and a summary on stdout, and returns the new folder.
+    """Downloads if need be, converts, and returns the new folder.
 
     Raises InputError for damaged or missing files, data of another game, and a full disk; then nothing is left behind
     but what was downloaded.
@@ -159,20 +177,9 @@ def convert(args: Args) -> Path:
     if out.exists():
         raise InputError(f"{out} exists already; remove it or name another folder")
     source = open_source(args, out)
-    steps = source.steps * args.percentage / 100
-    steps = steps if args.max_episodes is None else min(steps, args.max_episodes * source.length)
-    step_bytes = STEP_BYTES if source.shape == FRAME else 4 * math.prod(source.shape) + 11
-    print(check_disk(out, steps * step_bytes, "take less by --shards, --percentage or --max-episodes"))
-    bar = tqdm(total=round(steps), unit="step", unit_scale=True, desc=f"converting {args.env_id}")
-    with bar, write_dataset(out, **source.meta) as writer:
-        for episode in source.read(subset(source.items, args.percentage, args.max_episodes)):
-            if len(episode.action):
-                episode.add_to(writer)
-                bar.update(len(episode.action) + 1)
-        if not writer.returns:
-            raise InputError("no episode is left, or none has a step: take more by --percentage")
-    print(writer.summary(out))
-    return out
+    if source.shape != FRAME and args.out is None:
+        out = Path("datasets/bsuite") / args.env_id
+    return write(source, out, args.percentage, args.max_episodes)
 
 
 def main(args: Args) -> None:

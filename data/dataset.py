@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 FORMAT_VERSION = 1
 DTYPES = {"action": np.int32, "reward": np.float32, "is_first": np.bool_, "is_last": np.bool_, "is_terminal": np.bool_}
 FIELDS = ("observation", *DTYPES)
+FRAME = (84, 84)  # of Atari
 
 
 class InputError(Exception):
@@ -49,7 +50,61 @@ class Dataset(NamedTuple):
     path: Path  # its folder
 
 
+def meta_fault(meta: dict[str, Any]) -> str | None:
+    """What the programs cannot use in a meta.json, if anything."""
+    references = meta.get("reference_returns") or {"random": 0, "online_dqn": 1}
+    try:
+        scale = references["online_dqn"] - references["random"]
+    except (TypeError, KeyError):
+        scale = 0
+    for wrong, fault in (
+        (not isinstance(meta.get("env_id"), str), "meta.json names no env_id"),
+        (not isinstance(meta.get("noise", 0.0), int | float), f"its noise is {meta.get('noise')!r}, which is no number"),
+        (scale == 0, f"its reference_returns are {references!r}, not two numbers: random and, unlike it, online_dqn"),
+    ):
+        if wrong:
+            return fault
+    return None
+
+
 # ------------------------------------------------------------------------------------------------------------- Writing
+
+
+def as_json(name: str, value: Any) -> Any:
+    """An entry of meta.json as it is read again; NumPy's become Python's. Raises InputError for what JSON cannot hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic | np.ndarray):
+            return value.tolist()
+        raise TypeError(f"JSON has no {type(value).__name__}")
+
+    try:
+        return json.loads(json.dumps(value, default=plain, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"meta.json cannot hold {name}: {error}") from None
+
+
+def as_numbers(name: str, values: ArrayLike) -> NDArray:
+    """An array [L, ...] of integers or floats. Raises InputError for anything else."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} have no common shape, or are no numbers") from None
+    if array.dtype.kind not in "iuf" or array.ndim == 0:
+        raise InputError(f"{name} must be an array of numbers, one row a step, not {array.dtype} {array.shape}")
+    return array
+
+
+def cast(name: str, values: NDArray, dtype: DTypeLike) -> NDArray:
+    """The numbers as float32, rounded if they are floats, or as uint8. Raises InputError where they do not fit."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        new = values.astype(dtype, copy=False)
+        exact = new.dtype == values.dtype or values.dtype.kind == "f" or (new.astype(values.dtype) == values).all()
+    if not exact or (values.dtype.kind == "f" and new.dtype.kind != "f"):
+        raise InputError(f"{name} are {values.dtype}, and cannot be stored as {new.dtype} without loss")
+    if new.dtype.kind == "f" and not np.isfinite(new).all():
+        raise InputError(f"{name} are not finite, or beyond the range of {new.dtype}")
+    return new
 
 
 def summarize(returns: Sequence[float]) -> dict[str, float]:
@@ -70,33 +125,49 @@ def describe(returns: Sequence[float]) -> str:
 class DatasetWriter:
     """Appends episodes to a folder that write_dataset made; memory holds one episode at a time."""
 
-    def __init__(self, folder: Path, num_actions: int):
+    def __init__(self, folder: Path, num_actions: int, frames: bool):
         self.returns: list[float] = []
         self.steps = 0
-        self.meta: dict[str, Any] = {}  # what else meta.json has to say, if it is known only at the end
+        self.meta: dict[str, Any] = {}  # for meta.json too, if known only at the end; never refused
         self._num_actions = num_actions
+        self._frames = frames  # whether the observations must be Atari's
         self._files = {field: (folder / f"{field}.npy").open("wb") for field in FIELDS}
         self._observation_type: tuple[np.dtype, tuple[int, ...]] | None = None
 
-    def add_episode(self, observation: NDArray, action: NDArray, reward: NDArray, terminal: bool) -> None:
+    def add_episode(self, observation: ArrayLike, action: ArrayLike, reward: ArrayLike, terminal: bool) -> None:
         """Appends one episode of L + 1 observations [L + 1, ...], L >= 1 actions [L] and L rewards [L].
 
+        Observations other than frames, uint8 [L + 1, 84, 84], and rewards become float32. Actions are integers.
         terminal: whether the value after the last observation is 0 (otherwise the episode was cut off).
-        Raises InputError where the lengths do not fit each other or the observations those of earlier episodes, where an
-        action is out of range, or a number not finite.
+        Raises InputError, and adds nothing, where the lengths do not fit each other or the observations those of earlier
+        episodes, where an action is out of range or no integer, where a number is not finite in float32, an integer not
+        exact in it, and for arrays of anything but numbers.
         """
-        length = len(action)
+        observation, action = as_numbers("observations", observation), as_numbers("actions", action)
+        reward, length, end = as_numbers("rewards", reward), len(action), np.asarray(terminal)
         if length < 1 or len(observation) != length + 1 or len(reward) != length:
             raise InputError(
                 f"an episode needs one observation more than actions and rewards, "
                 f"but it has {len(observation)}, {length} and {len(reward)}"
             )
+        for name, array in (("actions", action), ("rewards", reward)):
+            if array.ndim != 1:
+                raise InputError(f"{name} are one number a step, not an array {array.shape}")
+        if action.dtype.kind == "f":
+            raise InputError(f"actions are integers, not {action.dtype}")
         if np.min(action) < 0 or np.max(action) >= self._num_actions:
             wrong = np.min(action) if np.min(action) < 0 else np.max(action)
             raise InputError(f"actions are from 0 to {self._num_actions - 1}, but here is {wrong}")
-        if not np.isfinite(reward).all() or (observation.dtype == np.float32 and not np.isfinite(observation).all()):
-            raise InputError("a reward or an observation is not finite")
-        observation_type = (observation.dtype, observation.shape[1:])
+        if end.shape or end.dtype.kind not in "biu" or end not in (0, 1):
+            raise InputError(f"terminal is True or False, not {end.dtype} {end.shape or end}")
+        shape = observation.shape[1:]
+        if not shape or 0 in shape or (self._frames and shape != FRAME):
+            wanted = "Atari's are single frames of 84x84" if self._frames else "they are arrays of one axis or more"
+            raise InputError(f"an observation has the shape {shape}, but {wanted}")
+        is_frames = self._frames or (observation.dtype == np.uint8 and shape == FRAME)
+        observation = cast("observations", observation, np.uint8 if is_frames else np.float32)
+        reward = cast("rewards", reward, np.float32)
+        observation_type = (observation.dtype, shape)
         if self._observation_type is None:
             self._observation_type = observation_type
             for field in FIELDS:
@@ -109,7 +180,7 @@ class DatasetWriter:
             "reward": np.append(reward, 0),
             "is_first": np.arange(length + 1) == 0,
             "is_last": np.arange(length + 1) == length,
-            "is_terminal": (np.arange(length + 1) == length) & terminal,
+            "is_terminal": (np.arange(length + 1) == length) & bool(end),
         }
         for field, values in steps.items():
             self._files[field].write(np.ascontiguousarray(values, dtype=DTYPES.get(field)).data)
@@ -123,8 +194,11 @@ class DatasetWriter:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (self.steps, *shape)}
         np.lib.format.write_array_header_1_0(self._files[field], header)
 
-    def finish(self) -> None:
-        """Writes the true lengths and forces every file to disk. Raises InputError if there is no episode."""
+    def finish(self) -> dict[str, Any]:
+        """Writes the true lengths, forces every file to disk, and returns what meta.json says of them.
+
+        Raises InputError if there is no episode.
+        """
         if self._observation_type is None:
             raise InputError("there is no episode to write")
         for field, file in self._files.items():
@@ -133,8 +207,8 @@ class DatasetWriter:
             file.flush()
             os.fsync(file.fileno())
         returns = summarize(self.returns)
-        self.meta |= {"observation_shape": list(self._observation_type[1]), "steps": self.steps}
-        self.meta |= {"episodes": returns.pop("episodes"), **{f"return_{name}": value for name, value in returns.items()}}
+        found = {"observation_shape": list(self._observation_type[1]), "steps": self.steps}
+        return found | {"episodes": returns.pop("episodes"), **{f"return_{name}": value for name, value in returns.items()}}
 
     def summary(self, path: Path) -> str:
         """One line on what was written."""
@@ -164,40 +238,60 @@ def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def write_dataset(path: Path, *, env_id: str, num_actions: int, **meta: Any) -> Iterator[DatasetWriter]:
+def write_dataset(path: Path | str, *, env_id: str, num_actions: int, **meta: Any) -> Iterator[DatasetWriter]:
     """Makes the dataset folder `path`, whole when the block ends, or not at all.
 
     The files are written beside `path` and renamed at the end. What a killed program left there is removed first.
     meta: benchmark, reference_returns where they are known, {"random": ..., "online_dqn": ...}, and whatever tells where
     the steps come from; what is None is left out. steps, episodes, returns and observation_shape are added. Raises
-    InputError if `path` exists, nothing was added, or the disk is full.
+    InputError at once if `path` exists or cannot be made, if num_actions is no count or meta no JSON or of no use to the
+    programs; later if nothing was added or the disk is full.
     """
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise InputError(f"{path} exists already; remove it or name another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        actions = operator.index(num_actions)
+    except TypeError:
+        actions = 0
+    if not 1 <= actions <= 2**31:
+        raise InputError(f"num_actions is an integer of at least 1, not {num_actions!r:.60}")
+    meta = {"format_version": FORMAT_VERSION, "env_id": env_id, "num_actions": actions, **meta}
+    meta = {name: as_json(name, value) for name, value in meta.items() if value is not None}
+    meta["format_version"] = FORMAT_VERSION
+    if fault := meta_fault(meta):
+        raise InputError(f"{path} is not written: {fault}")
     prefix = f".{path.name}.partial-"
-    with _locked(path.parent):
-        for leftover in path.parent.glob(f"{prefix}*"):
-            # It blocks: a living program writes there. It is not found: that program has just finished. No locks: who knows.
-            with suppress(OSError), _locked(leftover, fcntl.LOCK_NB):
-                shutil.rmtree(leftover)
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
-        lock = ExitStack()
-        lock.enter_context(_locked(folder))
-    writer = DatasetWriter(folder, num_actions)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.parent):
+            for leftover in path.parent.glob(f"{prefix}*"):
+                # It blocks: a living program writes there. Not found: that program has just finished. No locks: who knows.
+                with suppress(OSError), _locked(leftover, fcntl.LOCK_NB):
+                    shutil.rmtree(leftover)
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent.absolute()))
+            lock = ExitStack()
+            lock.enter_context(_locked(folder))
+    except OSError as error:
+        raise InputError(f"{path} cannot be made: {error.filename}: {error.strerror}") from None
+    writer = DatasetWriter(folder, actions, frames=meta.get("benchmark") == "atari")
     try:
         yield writer
-        writer.finish()
-        meta = {"format_version": FORMAT_VERSION, "env_id": env_id, "num_actions": num_actions, **meta, **writer.meta}
-        meta = {name: value for name, value in meta.items() if value is not None}
-        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        found, late = writer.finish(), {}
+        for name, value in writer.meta.items():  # too late to refuse anything
+            try:
+                value = as_json(name, value)
+            except InputError:
+                value = repr(value)
+            if value is not None and name != "benchmark" and meta_fault({**meta, name: value}) is None:
+                late[name] = value
+        (folder / "meta.json").write_text(json.dumps(meta | late | meta | found, indent=2) + "\n")
         folder.chmod(0o755)
-        folder.rename(path)
+        folder.rename(folder.with_name(path.name))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"the disk is full: {path} needs more than is free there") from error
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise InputError(f"{path} appeared while this program was writing it; it was left as it is") from error
         raise
     finally:
@@ -227,16 +321,16 @@ def open_dataset(path: Path) -> Dataset:
             file = path / f"{field}.npy"
             x = arrays[field] = np.load(file, mmap_mode="r")
             dtypes = (DTYPES[field],) if field in DTYPES else frames
-            if x.dtype not in dtypes or not 0 < len(x) == steps or (field in DTYPES and x.ndim > 1):
+            if x.dtype not in dtypes or not 0 < len(x) == steps or (field in DTYPES) != (x.ndim == 1):
                 raise ValueError(f"it holds {x.dtype} {x.shape}, and meta.json says {steps} steps")
-    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is missing, damaged or cut short: {error!r}") from None
     data = Dataset(**arrays, meta=meta, path=path)
     is_first, is_last, shape = data.is_first, data.is_last, list(data.observation.shape[1:])
     floats = [data.reward] + ([data.observation] if data.observation.dtype == np.float32 else [])
     for wrong, fault in (
         (meta.get("format_version") != FORMAT_VERSION, f"its format version is not {FORMAT_VERSION}"),
-        (not isinstance(meta.get("env_id"), str), "meta.json names no env_id"),
+        (meta_fault(meta) is not None, meta_fault(meta)),
         (meta.get("observation_shape", shape) != shape, f"observations are {shape}, and meta.json says otherwise"),
         (not is_first[0] or (is_first != np.roll(is_last, 1)).any(), "is_first and is_last do not mark whole episodes"),
         (is_first.sum() != episodes, f"is_first does not mark {episodes} episodes, as meta.json says"),
@@ -286,7 +380,7 @@ def run_program(program: Callable[[], object]) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             sentence = "the disk is full; what was whole before is still there"
-        elif isinstance(error, PermissionError) and error.filename is not None:
+        elif error.filename is not None:  # no right, no folder, a read-only file system
             sentence = f"{error.filename}: {error.strerror}"
         else:
             raise

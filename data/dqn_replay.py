@@ -3,6 +3,7 @@
 import gzip
 import io
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.dataset import InputError
-from data.source import FRAME, LONGEST, Episode, Source
+from data.source import FRAME, LONGEST, Episode, Source, refuse_copies
 
 OBSERVATIONS = re.compile(r"\$store\$_observation_ckpt\.(?P<shard>\d+)\.gz")
+
+COLUMNS = {"action": np.int32, "reward": np.float32, "terminal": np.uint8}
 
 
 def beside(observations: Path, name: str) -> Path:
@@ -22,14 +25,38 @@ def beside(observations: Path, name: str) -> Path:
     return observations.with_name(observations.name.replace("$store$_observation", name))
 
 
-def read_column(path: Path) -> NDArray:
+def read_array(path: Path) -> NDArray:
     """A gzipped .npy file. Raises InputError if it is missing or damaged."""
     try:
-        return np.load(io.BytesIO(gzip.decompress(path.read_bytes())), allow_pickle=False)
+        return np.lib.format.read_array(io.BytesIO(gzip.decompress(path.read_bytes())), allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, MemoryError, zlib.error) as error:
         raise InputError(f"{path} is damaged or cut short: {error}") from None
+
+
+def read_column(observations: Path, name: str) -> NDArray:
+    """A column [rows] of the checkpoint with these observations.
+
+    Raises InputError if it is missing, damaged, without rows, or of another dtype.
+    """
+    path = beside(observations, f"$store$_{name}")
+    column = read_array(path)
+    if column.dtype != COLUMNS[name] or column.ndim != 1 or len(column) == 0:
+        wanted = f"a column of {np.dtype(COLUMNS[name])} with a row or more"
+        raise InputError(f"{path} holds {column.dtype} {column.shape}, not {wanted}")
+    return column
+
+
+def read_count(observations: Path, rows: int) -> int:
+    """How many rows were ever added to the buffer (add_count), or `rows` if no file tells. Raises InputError for others."""
+    path = beside(observations, "add_count")
+    if not os.path.lexists(path):
+        return rows
+    count = read_array(path)
+    if count.shape or count.dtype.kind not in "iu" or count < 1:
+        raise InputError(f"{path} holds {count.dtype} {count.shape or count.item()!r}, not one number of rows, from 1 on")
+    return int(count)
 
 
 def read_episodes(files: list[Path]) -> Iterator[Episode]:
@@ -41,11 +68,12 @@ def read_episodes(files: list[Path]) -> Iterator[Episode]:
     (batch_rl's logged_replay_buffer.py), which makes their last row such a rest; on its own it holds no step.
     """
     for file in files:
-        names = ("$store$_action", "$store$_reward", "$store$_terminal")
-        action, reward, terminal = (read_column(beside(file, name)) for name in names)
-        rows, added = len(action), beside(file, "add_count")
-        count = int(read_column(added)) if added.exists() else rows
-        ends = {*(np.flatnonzero(terminal) + 1).tolist(), min(count, rows), count % rows if rows else 0}
+        action, reward, terminal = (read_column(file, name) for name in COLUMNS)
+        rows = len(action)
+        count = read_count(file, rows)
+        if (terminal[:count] > 1).any():
+            raise InputError(f"{beside(file, '$store$_terminal')} holds {terminal[:count].max()}, but terminal is 0 or 1")
+        ends = {*(np.flatnonzero(terminal) + 1).tolist(), min(count, rows), count % rows}
         start = 0
         try:
             with gzip.open(file) as stream:
@@ -76,8 +104,9 @@ def read_episodes(files: list[Path]) -> Iterator[Episode]:
 
 
 def open_checkpoints(files: list[Path]) -> Source:
-    """The checkpoints of one run; files: those of the observations."""
-    terminals = [read_column(beside(file, "$store$_terminal")) for file in files]
+    """The checkpoints of one run; files: those of the observations. Raises InputError for damaged files and for copies."""
+    refuse_copies((beside(file, "$store$_action"), read_column(file, "action").tobytes()) for file in files)
+    terminals = [read_column(file, "terminal") for file in files]
     steps = sum(map(len, terminals))
     length = steps / max(1, sum(map(np.count_nonzero, terminals)))
     meta = {"source": "DQN Replay, recorded while a DQN learns", "sticky_actions": 0.25}

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data.dataset import InputError, check_disk, on_disk
 from data.games import STEP_BYTES
-from data.source import FRAME, LONGEST, Episode, Source
+from data.source import FRAME, LONGEST, Episode, Source, refuse_copies
 
 SHARDS = re.compile(r"run_(?P<run>\d+)-(?P<shard>\d{5})-of-(?P<count>\d{5})")
 PREPARED = re.compile(r".+?(?:-checkpoint_(?P<shard>\d+))?\.tfrecord-\d{5}-of-\d{5}")
@@ -133,19 +133,26 @@ def open_records(files: list[Path], actions: str, parse: Callable[[dict[str, Any
     """TFRecord files of episodes, which `parse` knows; `actions`: the name of that feature. Raises InputError for damage."""
     from data.tfrecords import read_example, read_records
 
+    def first_records() -> Iterator[tuple[Path, bytes]]:
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file} is no file, or a link to nothing")
+            first = next(read_records(file), None)
+            if first is None:
+                raise InputError(f"{file} holds no episode")
+            yield file, first
+
     def records() -> Iterator[Record]:
         for file in files:
-            index = -1
             for index, record in enumerate(read_records(file)):
                 yield f"{file}, record {index}", record
-            if index < 0:
-                raise InputError(f"{file} holds no episode")
 
     def begin(records: Iterator[Record], pool: ThreadPoolExecutor) -> Iterator[tuple[Episode, Iterator[None]]]:
         """Episodes, and the jobs that fill in their frames."""
         for where, record in records:
             images, action, reward, terminal = parse(read_example(record, where), where)
-            if not len(images) == len(action) == len(reward) or not 1 <= len(action) <= LONGEST:
+            whole = len(images) == len(action) == len(reward) and 1 <= len(action) <= LONGEST
+            if not whole or isinstance(reward, list):  # a list: of bytes
                 lengths = f"{len(images)} observations, {len(action)} actions and {len(reward)} rewards"
                 raise InputError(f"{where}: {lengths} are no episode")
             if (largest := np.abs(reward).max()) > 1:
@@ -164,10 +171,11 @@ def open_records(files: list[Path], actions: str, parse: Callable[[dict[str, Any
                 list(jobs)  # an error of theirs comes out here
                 yield episode
 
-    where, record = next(records())
-    length = len(read_example(record, where).get(actions, ()))
-    with files[0].open("rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
+    refuse_copies(first_records())
+    record = next(read_records(files[0]))
+    length = len(read_example(record, f"{files[0]}, record 0").get(actions, ()))
+    with files[0].open("rb") as probe:
+        compressed = probe.read(2) == b"\x1f\x8b"
     size = sum(file.stat().st_size for file in files) / len(zlib.compress(record) if compressed else record)
     return Source(records(), read, size * length, length, META)
 
@@ -177,8 +185,10 @@ def open_shards(files: list[Path]) -> Source:
 
     def parse(example: dict[str, Any], where: str) -> Columns:
         try:
-            terminal = bool(example["discounts"][-1] == 0)
-            return example["observations"], example["actions"], example["clipped_rewards"], terminal
+            images, discounts = example["observations"], example["discounts"]
+            if isinstance(discounts, list) or len(discounts) != len(images):
+                raise InputError(f"{where}: {len(images)} observations and {len(discounts)} discounts are no episode")
+            return images, example["actions"], example["clipped_rewards"], bool(discounts[-1] == 0)
         except (KeyError, IndexError) as error:
             raise InputError(f"{where}: the record is no episode of RL Unplugged: {error!r}") from None
 
@@ -186,9 +196,10 @@ def open_shards(files: list[Path]) -> Source:
 
 
 def dataset_info(folder: Path) -> dict[str, Any]:
-    """What TensorFlow Datasets says of a folder of its own; empty for others."""
+    """What TensorFlow Datasets says of a folder of its own; empty for others. Raises InputError if it is damaged."""
     try:
-        return dict(json.loads((folder / "dataset_info.json").read_text()))
+        info = dict(json.loads((folder / "dataset_info.json").read_text()))
+        return info | {"splits": [dict(split) for split in info.get("splits", ())]}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:
@@ -200,7 +211,8 @@ def open_prepared(files: list[Path]) -> Source:
     from data.tfrecords import find_prepared, step_arrays
 
     features, _ = find_prepared(files[0].parent)
-    encoding = features.get("observation", {}).get("image", {}).get("encodingFormat")
+    image = features.get("observation", {}).get("image")
+    encoding = image.get("encodingFormat") if isinstance(image, dict) else None
     if encoding != "png":
         raise InputError(f"{files[0].parent / 'features.json'}: the observations are not PNG images, but {encoding}")
 

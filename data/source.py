@@ -1,13 +1,13 @@
 """What the modules of the source formats hand to the converters."""
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from data.dataset import DatasetWriter, InputError
+from data.dataset import FRAME, DatasetWriter, InputError
 
-FRAME = (84, 84)
 LONGEST = 60_000  # steps of an episode; half an hour of play is 27,000
 
 
@@ -34,3 +34,12 @@ class Source(NamedTuple):
     meta: dict[str, Any]  # for meta.json
     shape: tuple[int, ...] = FRAME  # of an observation
     num_actions: int | None = None  # if the data tell
+
+
+def refuse_copies(beginnings: Iterable[tuple[Path, bytes]]) -> None:
+    """Takes files and what each begins with. Raises InputError for two that begin alike: no two episodes are the same."""
+    seen: dict[int, Path] = {}
+    for file, beginning in beginnings:
+        if (key := hash(beginning)) in seen:
+            raise InputError(f"{file} is a copy of {seen[key]}: they hold the same episodes")
+        seen[key] = file

@@ -6,6 +6,7 @@ brings the protocol buffer's definition, passes over both checksums.
 
 import gzip
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.dataset import InputError
+from data.rl_unplugged import dataset_info
 
 try:
     import crc32c
@@ -24,6 +26,8 @@ try:
 except ImportError:
     raise InputError("reading TFRecord files needs two more packages: pip install -e '.[formats]'") from None
 
+LARGEST = 2**31 - 1  # bytes of a record; a protocol buffer has no more
+
 
 def masked_crc(record: bytes) -> int:
     """TFRecord's checksum: CRC32C, rotated and offset."""
@@ -31,23 +35,40 @@ def masked_crc(record: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+def shard_length(path: Path) -> int | None:
+    """How many records a file of TensorFlow Datasets has to have; None where dataset_info.json beside it says nothing.
+
+    Raises InputError if dataset_info.json is damaged.
+    """
+    name = re.search(r"-(?P<split>\w+)\.tfrecord-(?P<shard>\d{5})-of-\d{5}$", path.name)
+    try:
+        lengths = {split["name"]: split.get("shardLengths") for split in dataset_info(path.parent).get("splits", ())}
+        known = name is not None and lengths.get(name["split"])
+        return int(known[int(name["shard"])]) if name and known else None
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"{path.parent / 'dataset_info.json'} does not fit {path.name}: {error!r}") from None
+
+
 def read_records(path: Path) -> Iterator[bytes]:
     """Yields the records of a TFRecord file, compressed by gzip or not.
 
-    Raises InputError, naming file and record, where the file is cut short or a checksum does not match.
+    Raises InputError, naming file and record, where the file is cut short or a checksum does not match. A cut between two
+    records is seen where TensorFlow Datasets has written how many there are.
     """
+    index, expected = 0, shard_length(path)
     with path.open("rb") as probe:
         compressed = probe.read(2) == b"\x1f\x8b"
     with gzip.open(path, "rb") if compressed else path.open("rb") as file:
-        index = 0
         while True:
             try:
                 header = file.read(12)
                 if not header:
-                    return
+                    break
                 if len(header) < 12 or masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
                     raise InputError(f"{path} is damaged or cut short at record {index}")
                 length = struct.unpack("<Q", header[:8])[0]
+                if length > LARGEST:
+                    raise InputError(f"{path} is damaged at record {index}: it would have {length} bytes")
                 record, checksum = file.read(length), file.read(4)
             except (EOFError, OSError, zlib.error) as error:
                 raise InputError(f"{path} is damaged or cut short at record {index}: {error}") from None
@@ -55,6 +76,9 @@ def read_records(path: Path) -> Iterator[bytes]:
                 raise InputError(f"{path} is damaged or cut short at record {index}")
             yield record
             index += 1
+    if expected not in (None, index):
+        found = f"it holds {index or 'no'} episodes, but dataset_info.json says {expected}"
+        raise InputError(f"{path} is damaged or cut short: {found}")
 
 
 def read_example(record: bytes, where: str) -> dict[str, Any]:
@@ -90,15 +114,16 @@ def find_prepared(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     try:
         features = json.loads(found[0].read_text())["featuresDict"]["features"]
         steps = features["steps"]["sequence"]["feature"]["featuresDict"]["features"]
-    except (ValueError, KeyError, TypeError) as error:
+        steps = {name: dict(feature) for name, feature in steps.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{found[0]} does not describe episodes of steps (RLDS): {error!r}") from None
     files = sorted(found[0].parent.glob("*.tfrecord-?????-of-?????"))
     for file in files:
         count = int(file.name[-5:])
         for i in range(count):
             shard = file.with_name(f"{file.name[:-15]}-{i:05d}-of-{count:05d}")
-            if not shard.exists():
-                raise InputError(f"{shard} is missing")
+            if not shard.is_file():
+                raise InputError(f"{shard} is missing, or no file")
     if not files:
         raise InputError(f"{found[0].parent} holds no record files (*.tfrecord-00000-of-00001)")
     return steps, files
@@ -116,8 +141,11 @@ def step_arrays(example: dict[str, Any], names: tuple[str, ...], steps: dict[str
             shape = [int(size) for size in tensor["shape"].get("dimensions", [])]
             if tensor.get("encoding", "none") != "none":
                 raise InputError(f"{where}: steps/{name} is encoded as {tensor['encoding']}, which is not read here")
-            arrays[name] = np.asarray(example[f"steps/{name}"]).reshape(-1, *shape).astype(tensor["dtype"])
-        except (KeyError, ValueError) as error:
+            stored = np.asarray(example[f"steps/{name}"]).reshape(-1, *shape)
+            arrays[name] = stored.astype(np.dtype(tensor["dtype"]))
+            if not np.array_equal(arrays[name], stored, equal_nan=True):
+                raise ValueError(f"it is no {tensor['dtype']}")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{where}: steps/{name} is missing, or not as features.json says: {error}") from None
     last = len(arrays["is_last"]) - 1
     flags = [np.flatnonzero(arrays[name]).tolist() for name in ("is_first", "is_last")]

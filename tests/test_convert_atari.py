@@ -3,6 +3,7 @@
 import errno
 import gzip
 import http.server
+import io
 import os
 import re
 import shutil
@@ -18,14 +19,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Discrete
 from tfrecord import example_pb2
 
-from data import dqn_replay, minari_datasets, rl_unplugged
-from data.convert_atari import FILES, OPEN, Args, convert, main, parse_shards, subset
-from data.dataset import FIELDS, InputError, open_dataset, write_dataset
-from data.minari_datasets import export_minari
-from data.tfrecords import masked_crc, read_records
+from data import dqn_replay, rl_unplugged
+from data.convert_atari import FILES, OPEN, Args, convert, parse_shards, subset
+from data.dataset import FIELDS, InputError, open_dataset
+from data.tfrecords import masked_crc, read_records, step_arrays
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RAW = FIXTURES / "rlu_breakout" / "raw"  # to RL Unplugged's layout
@@ -185,6 +184,32 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def frame(record):
+    """A record as it stands in a TFRecord file."""
+    length = struct.pack("<Q", len(record))
+    return length + struct.pack("<I", masked_crc(length)) + record + struct.pack("<I", masked_crc(record))
+
+
+def drop_a_record(path):
+    path.write_bytes(b"".join(map(frame, list(read_records(path))[:-1])))
+
+
+def announce(path, size, pack):
+    """A file that begins with a record of this size."""
+    length = struct.pack("<Q", size)
+    path.write_bytes(pack(length + struct.pack("<I", masked_crc(length)) + bytes(100)))
+
+
+def replace_by_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_a_dangling_link(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
 def drop_a_frame(path):
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[: -84 * 84]))
 
@@ -209,11 +234,37 @@ def edit(path, old, new):
         (RAW, lambda s: one(s, "*00002-of*").unlink(), r"Breakout lacks shard 2; --shards converts a part"),
         (RAW, lambda s: (s / "Breakout").rename(s / "Pong"), r"run_1-00000-of-00003 is of Pong, not of Breakout"),
         (RAW, lambda s: shutil.rmtree(s / "Breakout"), r"holds no files of a known format"),
+        (RAW, lambda s: shutil.copy(one(s, "*00-of*"), one(s, "*01-of*")), r"run_1-00001-of-00003 is a copy of .*00000-of"),
+        (RAW, lambda s: replace_by_a_folder(one(s, "*01-of*")), r"run_1-00001-of-00003 is no file, or a link to nothing"),
+        (RAW, lambda s: replace_by_a_dangling_link(one(s, "*01-of*")), r"run_1-00001-of-00003 is no file, or a link"),
+        (
+            RAW,
+            lambda s: announce(one(s, "*01-of*"), 2**38, gzip.compress),
+            r"00001-of-00003 .* record 0: .* 274877906944 by",
+        ),
+        (RAW, lambda s: announce(one(s, "*01-of*"), 2**31, bytes), r"00001-of-00003 is damaged at record 0"),
         (RAW, lambda s: one(s, "*02-of*").rename(s / "run_2-00000-of-00001"), r"several datasets .*run 2"),
         (TFDS, lambda s: cut(one(s, "*_01.tf*"), 90_000), r"checkpoint_01\.tfrecord-00000-of-00001 is damaged .* record \d"),
         (TFDS, lambda s: flip_a_bit(one(s, "*_01.tf*"), 90_000), r"checkpoint_01\.tfrecord-00000-of-00001 is damaged"),
         (TFDS, lambda s: one(s, "*_01.tf*").unlink(), r"1\.1\.0 lacks shard 1; --shards"),
         (TFDS, lambda s: one(s, "*_02.tf*").unlink(), r"1\.1\.0 lacks shard 2; --shards"),
+        (TFDS, lambda s: drop_a_record(one(s, "*_01.tf*")), r"_01\.tfrecord\S* is damaged .* holds 3 ep.*info\.json says 4"),
+        (TFDS, lambda s: cut(one(s, "*_02.tf*"), 0), r"_02\.tfrecord\S* is damaged .* it holds no episodes"),
+        (TFDS, lambda s: edit(one(s, "dataset_info.json"), '"4"', '"x"'), r"dataset_info.json does not fit .*_00\.tf"),
+        (TFDS, lambda s: edit(one(s, "dataset_info.json"), '"splits": [', '"splits": [7,'), r"dataset_info.json is damaged"),
+        (TFDS, lambda s: shutil.copy(one(s, "*_00.tf*"), one(s, "*_01.tf*")), r"_01\.tfrecord\S* is a copy of \S*_00\.tf"),
+        (TFDS, lambda s: replace_by_a_folder(one(s, "*_01.tf*")), r"_01\.tfrecord\S* is missing, or no file"),
+        (TFDS, lambda s: replace_by_a_dangling_link(one(s, "*_01.tf*")), r"_01\.tfrecord\S* is (missing, or )?no file"),
+        (TFDS, lambda s: announce(one(s, "*_01.tf*"), 2**38, bytes), r"_01\.tfrecord\S* .* 274877906944 bytes"),
+        (TFDS, lambda s: edit(one(s, "features.json"), '"float32"', '"float99"'), r"record 0: steps/reward is .*float99"),
+        (TFDS, lambda s: edit(one(s, "features.json"), '"float32"', "[]"), r"record 0: steps/reward is missing, or not as"),
+        (
+            TFDS,
+            lambda s: edit(one(s, "features.json"), '"shape": {}', '"shape": 7'),
+            r"record 0: steps/action is missing, or",
+        ),
+        (TFDS, lambda s: edit(one(s, "features.json"), '"image": {', '"picture": {'), r"not PNG images, but None"),
+        (TFDS, lambda s: replace_by_a_folder(one(s, "features.json")), r"features.json does not describe episodes"),
         (TFDS, lambda s: one(s, "features.json").unlink(), r"holds 0 datasets"),
         (TFDS, lambda s: edit(one(s, "features.json"), '"png"', '"jpeg"'), r"not PNG images, but jpeg"),
         (TFDS, lambda s: edit(one(s, "dataset_info.json"), "Breakout_run", "Pong_run"), r"is of Pong, not of Breakout"),
@@ -230,6 +281,15 @@ def edit(path, old, new):
         (DQN, lambda s: flip_a_bit(one(s, "*action_ckpt.0.gz"), -6), r"action_ckpt.0.gz is damaged"),
         (DQN, lambda s: cut(one(s, "*terminal_ckpt.1.gz"), 0), r"terminal_ckpt.1.gz is damaged"),
         (DQN, lambda s: one(s, "*reward_ckpt.1.gz").unlink(), r"reward_ckpt.1.gz is missing"),
+        (
+            DQN,
+            lambda s: [shutil.copy(f, f"{f}"[:-4] + "1.gz") for f in s.glob("*_ckpt.0.gz")],
+            r"ckpt.1.gz is a copy of .*0.gz",
+        ),
+        (DQN, lambda s: replace_by_a_folder(one(s, "*reward_ckpt.1.gz")), r"reward_ckpt.1.gz is damaged .*directory"),
+        (DQN, lambda s: replace_by_a_dangling_link(one(s, "*terminal_ckpt.1.gz")), r"terminal_ckpt.1.gz is missing"),
+        (DQN, lambda s: replace_by_a_dangling_link(one(s, "add_count_ckpt.1.gz")), r"add_count_ckpt.1.gz is missing"),
+        (DQN, lambda s: replace_by_a_folder(one(s, "*observation_ckpt.1.gz")), r"observation_ckpt.1.gz is damaged .*dir"),
         (DQN, lambda s: one(s, "*observation_ckpt.0.gz").unlink(), r"source lacks shard 0; --shards"),
         (DQN, lambda s: shutil.copy(one(s, "*reward_ckpt.1.gz"), one(s, "*reward_ckpt.0.gz")), r"ckpt.0.gz holds uint8"),
     ],
@@ -241,6 +301,59 @@ def test_damaged_sources_are_named_and_nothing_is_left(tmp_path, source, damage,
         convert(breakout(tmp_path / "new", tmp_path / "source"))
     assert str(tmp_path / "source") in str(error.value) and "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("$store$_action", lambda x: x.astype(np.float32), r"action_ckpt.0.gz holds float32 \(20,\), not a column of int32"),
+        ("$store$_action", lambda x: x.astype(np.int64), r"action_ckpt.0.gz holds int64 \(20,\), not a column of int32"),
+        ("$store$_action", lambda x: x[0], r"action_ckpt.0.gz holds int32 \(\), not a column"),
+        ("$store$_action", lambda x: x[:, None], r"action_ckpt.0.gz holds int32 \(20, 1\), not a column"),
+        ("$store$_reward", lambda x: x.astype(np.float64), r"reward_ckpt.0.gz holds float64 \(20,\), not .* float32"),
+        (
+            "$store$_reward",
+            lambda x: x * np.where(x.cumsum() == 7, np.nan, 1).astype(x.dtype),
+            r"row 0: rewards are not finite",
+        ),
+        ("$store$_terminal", lambda x: x.astype(bool), r"terminal_ckpt.0.gz holds bool \(20,\), not a column of uint8"),
+        ("$store$_terminal", lambda x: x * 255, r"terminal_ckpt.0.gz holds 255, but terminal is 0 or 1"),
+        ("$store$_terminal", lambda x: x[:0], r"terminal_ckpt.0.gz holds uint8 \(0,\), not a column of uint8"),
+        ("add_count", lambda x: np.int64(0), r"add_count_ckpt.0.gz holds int64 0, not one number of rows, from 1 on"),
+        ("add_count", lambda x: np.int64(-20), r"add_count_ckpt.0.gz holds int64 -20, not one number"),
+        ("add_count", lambda x: np.arange(2), r"add_count_ckpt.0.gz holds int64 \(2,\), not one number"),
+        ("add_count", lambda x: np.array("20"), r"add_count_ckpt.0.gz holds <U2 '20', not one number"),
+        ("add_count", lambda x: np.float64(20), r"add_count_ckpt.0.gz holds float64 20.0, not one number"),
+    ],
+)
+def test_columns_of_other_things_are_refused(tmp_path, name, change, sentence):
+    columns = replay_rows(20, [8])
+    folder = write_checkpoint(tmp_path / "dqn", 0, *columns, add_count=20)
+    path = folder / f"{name}_ckpt.0.gz"
+    with gzip.open(path) as file:
+        column = np.load(io.BytesIO(file.read()))
+    with gzip.open(path, "wb") as file:
+        np.save(file, change(column))
+    with pytest.raises(InputError, match=sentence):
+        convert(breakout(tmp_path / "new", folder))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["$store$_action", "$store$_terminal", "add_count"])
+def test_arrays_that_no_memory_holds_are_refused(tmp_path, name):
+    folder = write_checkpoint(tmp_path / "dqn", 0, *replay_rows(20, [8]))
+    with gzip.open(folder / f"{name}_ckpt.0.gz", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (2**50,)})
+    with pytest.raises(InputError, match=r"_ckpt\.0\.gz is damaged or cut short"):
+        convert(breakout(tmp_path / "new", folder))
+
+
+def test_features_of_another_dtype_than_described_are_refused():
+    tensors = {name: {"tensor": {"dtype": "bool", "shape": {}}} for name in ("is_first", "is_last", "is_terminal")}
+    tensors["reward"] = {"tensor": {"dtype": "int32", "shape": {}}}
+    example = {"steps/is_first": [1, 0], "steps/is_last": [0, 1], "steps/is_terminal": [0, 1], "steps/reward": [1.0, 0.5]}
+    with pytest.raises(InputError, match=r"here: steps/reward is missing, or not as features\.json says: it is no int32"):
+        step_arrays(example, ("reward",), tensors, "here")
 
 
 def read_example(record):
@@ -255,8 +368,7 @@ def rewrite(path, change):
                 example = read_example(record)
                 change(example.features.feature)
                 record = example.SerializeToString()
-            length = struct.pack("<Q", len(record))
-            file.write(length + struct.pack("<I", masked_crc(length)) + record + struct.pack("<I", masked_crc(record)))
+            file.write(frame(record))
     path.with_suffix(".new").rename(path)
 
 
@@ -282,6 +394,15 @@ def set_image(image):
         ),
         (lambda feature: feature["actions"].int64_list.value.pop(), r"record 1: 10 observations, 9 actions"),
         (lambda feature: feature.pop("discounts"), r"record 1: the record is no episode of RL Unplugged"),
+        (lambda feature: feature["discounts"].float_list.value.pop(), r"record 1: 10 observations and 9 discounts are no"),
+        (
+            lambda feature: feature["clipped_rewards"].bytes_list.value.extend([b"1"] * 10),
+            r"record 1: 10 observations, 10 actions and 10 rewards are no episode",
+        ),
+        (
+            lambda feature: feature["actions"].float_list.value.extend([1.0] * 10),
+            r"record 1: actions are integers, not float32",
+        ),
         (
             lambda feature: feature["clipped_rewards"].float_list.value.__setitem__(3, 4),
             r"record 1: reward 4 is not clipped",
@@ -536,130 +657,3 @@ def test_nothing_to_download(tmp_path, bucket, settings, sentence):
     with pytest.raises(InputError, match=sentence):
         download(tmp_path, bucket, **settings)
     assert list(tmp_path.iterdir()) == [] and bucket.gets == []
-
-
-@pytest.fixture
-def minari_store(tmp_path, monkeypatch):
-    pytest.importorskip("h5py")
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    return pytest.importorskip("minari")
-
-
-def test_minari_both_ways(tmp_path, minari_store, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ours = convert(breakout(tmp_path / "ours", RAW, max_episodes=3))
-    folder = tmp_path / "minari" / "atari" / "breakout" / "dqn-v0"
-    (folder.parent / ".dqn-v0.partial" / "left by a killed program").mkdir(parents=True)
-    with monkeypatch.context() as full:
-        usage = shutil.disk_usage(tmp_path)
-        full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
-        with pytest.raises(InputError, match=r"dqn-v0 needs about 0\.00261 GB"):
-            main(breakout(None, ours, export_minari="atari/breakout/dqn-v0"))
-    main(breakout(None, ours, export_minari="atari/breakout/dqn-v0"))
-    dataset = minari_store.load_dataset("atari/breakout/dqn-v0")
-    assert (dataset.total_episodes, dataset.total_steps) == (3, 238 + 10 + 121 - 3)
-    episode = dataset[1]
-    assert episode.observations.shape == (10, 84, 84) and not episode.terminations.any()
-    assert np.flatnonzero(episode.truncations).tolist() == [8] and np.flatnonzero(dataset[0].terminations).tolist() == [236]
-    assert not dataset[0].truncations.any() and dataset.observation_space == Box(0, 255, (84, 84), np.uint8)
-    assert dataset.action_space == Discrete(4)
-    metadata = dataset.storage.metadata
-    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (1.33, 157.86)
-    assert metadata["description"] == "Breakout: RL Unplugged, recorded while a DQN learns"
-    by_path = convert(breakout(tmp_path / "by_path", folder))
-    by_name = convert(breakout(tmp_path / "by_name", Path("atari/breakout/dqn-v0"), format="minari"))
-    for path in (by_path, by_name):
-        data = assert_equals(path, fixture_episodes(range(3)))
-        assert data.meta["source"] == "Minari, atari/breakout/dqn-v0" and data.meta["benchmark"] == "atari"
-        assert data.meta["reference_returns"] == {"random": 1.33, "online_dqn": 157.86}
-    with pytest.raises(InputError, match="no shards with numbers"):
-        convert(breakout(tmp_path / "new", folder, shards=("0",)))
-    assert_equals(convert(breakout(tmp_path / "second", folder, percentage=50.0)), fixture_episodes([1]))
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["dqn-v0", "namespace_metadata.json"]
-    for name, sentence in (("atari/breakout/dqn-v0", "exists already"), ("atari breakout", "names are such as")):
-        with pytest.raises(InputError, match=sentence):
-            export_minari(ours, name)
-    with pytest.raises(InputError, match="takes one folder"):
-        main(breakout(None, ours, ours, export_minari="atari/breakout/dqn-v1"))
-    with pytest.raises(InputError, match="datasets/atari/Breakout"):
-        main(breakout(None, export_minari="atari/breakout/dqn-v1"))
-    with pytest.raises(InputError, match="has 4 actions, but Pong has 6"):
-        convert(Args("Pong", source=(folder,), out=tmp_path / "new"))
-    cut(folder / "data" / "main_data.hdf5", 2_000_000)
-    with pytest.raises(InputError, match=r"main_data\.hdf5 is damaged or cut short at episode 0"):
-        convert(breakout(tmp_path / "new", folder))
-    assert not (tmp_path / "new").exists()
-
-
-def make_minari(minari, name, observations, space, **metadata):
-    from minari.data_collector import EpisodeBuffer
-
-    ends = np.arange(1, 6) == 5
-    buffers = [
-        EpisodeBuffer(
-            observations=o, actions=np.arange(5) % 3, rewards=np.ones(5), terminations=ends, truncations=ends & False
-        )
-        for o in observations
-    ]
-    spaces = {"observation_space": space, "action_space": metadata.pop("action_space", Discrete(3))}
-    dataset = minari.create_dataset_from_buffers(name, buffers, jpeg_encoding=False, **spaces)
-    dataset.storage.update_metadata(metadata)
-    return Path(os.environ["MINARI_DATASETS_PATH"]) / name
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("shape", [(4, 84, 84), (84, 84, 4), (84, 84, 1)])
-def test_minari_stacks(tmp_path, minari_store, shape):
-    observations = np.random.default_rng(0).integers(0, 256, (2, 6, *shape), np.uint8)
-    scores = {"ref_min_score": 1.5, "ref_max_score": 2.0} if shape[0] == 4 else {}
-    folder = make_minari(minari_store, "stacked-v0", observations, Box(0, 255, shape, np.uint8), **scores)
-    data = open_dataset(convert(Args("Freeway", source=(folder,), out=tmp_path / "stacked")))
-    newest = observations[:, :, -1] if shape[0] == 4 else observations[..., -1]
-    assert np.array_equal(data.observation, newest.reshape(12, 84, 84)) and data.is_terminal.sum() == 2
-    table = {"random": 0.0, "online_dqn": 26.76}
-    assert data.meta["reference_returns"] == ({"random": 1.5, "online_dqn": 2.0} if scores else table)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_minari_vectors(tmp_path, minari_store, capsys):
-    vectors, box = np.random.default_rng(0).normal(size=(2, 6, 7)), Box(-np.inf, np.inf, (7,), np.float64)
-    folder = make_minari(minari_store, "vectors-v0", vectors, box, ref_min_score=-3.5, ref_max_score=20.0)
-    data = open_dataset(convert(Args("anything", source=(folder,), out=tmp_path / "vectors")))
-    assert f"needs about {12 * (7 * 4 + 11) / 1e9:.3g} GB" in capsys.readouterr().out
-    assert np.array_equal(data.observation, vectors.reshape(12, 7).astype(np.float32))
-    assert data.action.tolist() == [0, 1, 2, 0, 1, 0] * 2 and data.reward.tolist() == [1, 1, 1, 1, 1, 0] * 2
-    assert {
-        **{"num_actions": 3, "env_id": "anything", "benchmark": "minari", "observation_shape": [7]},
-        **{"reference_returns": {"random": -3.5, "online_dqn": 20.0}},
-    }.items() <= data.meta.items()
-
-    folder = make_minari(minari_store, "unknown-v0", vectors, box, ref_min_score=None)
-    unknown = convert(Args("anything", source=(folder,), out=tmp_path / "unknown"))
-    assert "reference_returns" not in open_dataset(unknown).meta
-    export_minari(unknown, "again-v0")
-    again = minari_store.load_dataset("again-v0")
-    assert "ref_min_score" not in again.storage.metadata
-    assert again.observation_space == Box(-np.inf, np.inf, (7,), np.float32)
-
-    images = np.zeros((1, 6, 64, 64), np.uint8)
-    folder = make_minari(minari_store, "images-v0", images, Box(0, 255, (64, 64), np.uint8))
-    with pytest.raises(InputError, match=r"holds uint8 \(64, 64\)"):
-        convert(Args("Freeway", source=(folder,), out=tmp_path / "images"))
-    folder = make_minari(minari_store, "from_one-v0", vectors, box, action_space=Discrete(3, start=1))
-    with pytest.raises(InputError, match="actions from 1, not"):
-        convert(Args("anything", source=(folder,), out=tmp_path / "from_one"))
-
-
-def test_without_minari(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "minari", None)
-    with pytest.raises(InputError, match=r"pip install -e '\.\[formats\]'"):
-        export_minari(tmp_path, "atari/breakout/dqn-v0")
-
-
-def test_an_interrupted_export_leaves_nothing(tmp_path, minari_store, monkeypatch):
-    with write_dataset(tmp_path / "ours", env_id="catch", num_actions=3) as writer:
-        writer.add_episode(np.zeros((3, 10, 5), np.float32), np.zeros(2), np.zeros(2), terminal=True)
-    monkeypatch.setattr(minari_datasets, "tqdm", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        export_minari(tmp_path / "ours", "catch-v0")
-    assert list((tmp_path / "minari").iterdir()) == []

@@ -1,0 +1,425 @@
+"""Minari's datasets: read from each of its storages, written, and recorded as data/README.md says."""
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+
+from data import convert_atari, convert_bsuite, minari_datasets
+from data.convert_atari import Args
+from data.dataset import InputError, open_dataset
+from data.minari_datasets import export_minari
+from tests.test_convert_atari import RAW, assert_equals, breakout, cut, fixture_episodes
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari asks for authors
+README = Path(__file__).parent.parent / "data" / "README.md"
+VECTOR, THREE = Box(-np.inf, np.inf, (7,), np.float64), Discrete(3)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """Minari's own store of datasets, beside which the programs run."""
+    for package in ("minari", "h5py", "pyarrow"):
+        pytest.importorskip(package)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "minari"
+
+
+def make_minari(name, space, episodes=2, steps=5, actions=THREE, terminal=True, **settings):
+    """A dataset of random observations, their values [episodes, steps + 1, ...], and its scores in the metadata."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    def draw(space):
+        if isinstance(space, Dict):
+            return {key: draw(part) for key, part in space.items()}
+        if isinstance(space, Tuple):
+            return tuple(map(draw, space))
+        if isinstance(space, Box) and space.dtype != np.uint8:
+            return random.normal(size=(steps + 1, *space.shape)).astype(space.dtype)
+        return random.integers(0, 3 if isinstance(space, Discrete) else 256, (steps + 1, *space.shape), np.uint8)
+
+    random, last = np.random.default_rng(0), np.arange(1, steps + 1) == steps
+    observations = [draw(space) for _ in range(episodes)]
+    buffers = [
+        EpisodeBuffer(
+            observations=observation,
+            actions=np.arange(steps) % 3 if isinstance(actions, Discrete) else [actions.sample() for _ in range(steps)],
+            rewards=np.ones(steps),
+            terminations=last & terminal,
+            truncations=last & (not terminal),
+        )
+        for observation in observations
+    ]
+    scores = {key: settings.pop(key) for key in ("ref_min_score", "ref_max_score") if key in settings}
+    dataset = minari.create_dataset_from_buffers(
+        name, buffers, observation_space=space, action_space=actions, **{"jpeg_encoding": False, **settings}
+    )
+    dataset.storage.update_metadata(scores)
+    return np.array(observations) if isinstance(space, Box) else observations
+
+
+def test_both_ways(tmp_path, store, monkeypatch):
+    import minari
+
+    ours = convert_atari.convert(breakout(tmp_path / "ours", RAW, max_episodes=3))
+    folder = store / "atari" / "breakout" / "dqn-v0"
+    export = breakout(None, ours, export_minari="atari/breakout/dqn-v0")
+    (folder.parent / ".dqn-v0.partial" / "left by a killed program").mkdir(parents=True)
+    with monkeypatch.context() as full:
+        usage = shutil.disk_usage(tmp_path)
+        full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
+        with pytest.raises(InputError, match=r"dqn-v0 needs about 0\.00261 GB"):
+            convert_atari.main(export)
+    convert_atari.main(export)
+    dataset = minari.load_dataset("atari/breakout/dqn-v0")
+    assert (dataset.total_episodes, dataset.total_steps) == (3, 238 + 10 + 121 - 3)
+    episode = dataset[1]
+    assert episode.observations.shape == (10, 84, 84) and not episode.terminations.any()
+    assert np.flatnonzero(episode.truncations).tolist() == [8] and np.flatnonzero(dataset[0].terminations).tolist() == [236]
+    assert not dataset[0].truncations.any() and dataset.observation_space == Box(0, 255, (84, 84), np.uint8)
+    assert dataset.action_space == Discrete(4)
+    metadata = dataset.storage.metadata
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (1.33, 157.86)
+    assert metadata["description"] == "Breakout: RL Unplugged, recorded while a DQN learns"
+    sources = (folder, folder.parent, folder / "data" / "main_data.hdf5", Path("atari/breakout/dqn-v0"))
+    for i, source in enumerate(sources):
+        data = assert_equals(convert_atari.convert(breakout(tmp_path / str(i), source)), fixture_episodes(range(3)))
+        assert data.meta["source"] == "Minari, atari/breakout/dqn-v0" and data.meta["benchmark"] == "atari"
+        assert data.meta["reference_returns"] == {"random": 1.33, "online_dqn": 157.86} and "noise" not in data.meta
+    second = convert_atari.convert(breakout(tmp_path / "second", folder, percentage=50.0))
+    assert_equals(second, fixture_episodes([1]))
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["dqn-v0", "namespace_metadata.json"]
+    for wrong, sentence in (
+        (export, "exists already"),
+        (breakout(None, ours, ours, export_minari="atari/breakout/dqn-v1"), "takes one folder"),
+        (breakout(None, export_minari="atari/breakout/dqn-v1"), "datasets/atari/Breakout"),
+        (breakout(tmp_path / "new", folder, shards=("0",)), "no shards with numbers"),
+        (Args("Pong", source=(folder,), out=tmp_path / "new"), "has 4 actions, but Pong has 6"),
+        (breakout(tmp_path / "new", Path("atari/breakout/no-v0")), "there is no atari/breakout/no-v0, and Minari keeps"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            convert_atari.main(wrong)
+    with pytest.raises(InputError, match=r"has images: python -m data\.convert_atari"):
+        convert_bsuite.convert(folder, "Breakout", out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "works"),
+    [
+        *[(name, True) for name in ("catch-v0", "my/catch-v0", "a-b/c_d/catch-v12")],
+        *[(name, False) for name in ("x/catch-v0", "catch", "catch-v", "/catch-v0", "a//catch-v0", "../catch-v0", "")],
+        *[(name, False) for name in ("ab/x/catch-v0", "data/catch-v0", "a b/catch-v0", "catch-v0\n", "é" * 9 + "-v0")],
+        *[(name, False) for name in (f"{'a' * 300}-v0", "ab\0c-v0")],
+    ],
+)
+def test_names_of_exported_datasets(tmp_path, store, catch_dataset, name, works):
+    import minari
+
+    if works:
+        export_minari(catch_dataset, name)
+        assert list(minari.list_local_datasets()) == [name] and minari.load_dataset(name).total_episodes == 200
+    else:
+        with pytest.raises(InputError, match=r"names are such as atari/breakout/dqn-v0 \(a folder has two letters or more"):
+            export_minari(catch_dataset, name)
+        assert not store.exists()
+
+
+def test_what_is_in_the_way_of_an_exported_dataset(tmp_path, store, catch_dataset):
+    export_minari(catch_dataset, "catch-v0")
+    (store / "file").touch()
+    for name, sentence in (("catch-v0/catch-v0", r"minari/catch-v0 is in the way"), ("file/catch-v0", "minari/file is in")):
+        with pytest.raises(InputError, match=sentence):
+            export_minari(catch_dataset, name)
+    assert sorted(path.name for path in store.iterdir()) == ["catch-v0", "file"]
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, store, monkeypatch, catch_dataset):
+    monkeypatch.setattr(minari_datasets, "tqdm", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        export_minari(catch_dataset, "catch-v0")
+    assert list(store.iterdir()) == []
+
+
+def test_without_the_packages(tmp_path, store, monkeypatch, catch_dataset):
+    make_minari("vectors-v0", VECTOR, data_format="arrow")
+    for package in ("pyarrow", "minari"):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(sys.modules, "minari.dataset._storages.arrow_storage", raising=False)
+        with pytest.raises(InputError, match=r"need more packages: pip install -e '\.\[formats\]'"):
+            convert_bsuite.convert(Path("vectors-v0"), "my_task")
+    with pytest.raises(InputError, match=r"pip install -e '\.\[formats\]'"):
+        export_minari(catch_dataset, "catch-v0")
+
+
+# ------------------------------------------------------------------------------------------------- Vectors and matrices
+
+
+@pytest.mark.parametrize("storage", ["hdf5", "arrow", "parquet"])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_vectors_from_every_storage(tmp_path, store, storage, terminal, capsys):
+    scores = {"ref_min_score": -3.5, "ref_max_score": 20.0} if terminal else {"ref_min_score": None}
+    vectors = make_minari("my/vectors-v0", VECTOR, data_format=storage, terminal=terminal, **scores)
+    folder = store / "my" / "vectors-v0"
+    for source in (Path("my/vectors-v0"), folder, folder / "data"):
+        made = [convert_bsuite.convert(source, "anything"), convert_atari.convert(Args("other", source=(source,)))]
+        assert list(map(str, made)) == ["datasets/bsuite/anything", "datasets/bsuite/other"]  # where the scripts look
+        assert f"needs about {12 * (7 * 4 + 11) / 1e9:.3g} GB" in capsys.readouterr().out
+        for path in made:
+            data = open_dataset(path)
+            assert np.array_equal(data.observation, vectors.reshape(12, 7).astype(np.float32))
+            assert data.action.tolist() == [0, 1, 2, 0, 1, 0] * 2 and data.reward.tolist() == [1, 1, 1, 1, 1, 0] * 2
+            assert np.flatnonzero(data.is_last).tolist() == [5, 11]
+            assert np.flatnonzero(data.is_terminal).tolist() == ([5, 11] if terminal else [])  # a time limit is not
+            assert {
+                **{"num_actions": 3, "env_id": path.name, "benchmark": "bsuite", "noise": 0.0, "observation_shape": [7]},
+                **{"source": "Minari, my/vectors-v0"},
+            }.items() <= data.meta.items()
+            references = {"random": -3.5, "online_dqn": 20.0} if terminal else None
+            assert data.meta.get("reference_returns") == references
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("space", [Box(0, 1, (10, 5), np.float32), Box(0, 255, (16,), np.uint8), Box(0, 9, (7, 7, 3))])
+def test_other_arrays(tmp_path, store, space):
+    values = make_minari("arrays-v0", space)
+    data = open_dataset(convert_bsuite.convert(Path("arrays-v0"), "catch", noise=0.1))
+    assert data.path == Path("datasets/bsuite/catch_noise_0.1") and data.meta["noise"] == 0.1
+    assert data.observation.dtype == np.float32 and np.array_equal(data.observation, values.reshape(12, *space.shape))
+
+
+def test_the_working_folder_is_the_dataset(store, monkeypatch):
+    make_minari("vectors-v0", VECTOR, data_format="arrow")
+    for folder, source in (("vectors-v0/data", "."), ("vectors-v0", "."), ("vectors-v0", "data")):
+        monkeypatch.chdir(store / folder)
+        out = store / "out"
+        for converted in (
+            convert_bsuite.convert(Path(source), "new", out=out / "first"),
+            convert_atari.convert(Args("new", source=(Path(source),), out=out / "second")),
+        ):
+            assert open_dataset(converted).meta["episodes"] == 2
+        shutil.rmtree(out)
+
+
+def test_without_scores_none_go_back(tmp_path, store):
+    import minari
+
+    make_minari("vectors-v0", VECTOR, ref_min_score=1.0, ref_max_score=1.0)  # nothing can be normalised by them
+    folder = convert_bsuite.convert(Path("vectors-v0"), "anything")
+    assert "reference_returns" not in open_dataset(folder).meta
+    export_minari(folder, "again-v0")
+    again = minari.load_dataset("again-v0")
+    assert "ref_min_score" not in again.storage.metadata
+    assert again.observation_space == Box(-np.inf, np.inf, (7,), np.float32)
+
+
+def test_the_environment_of_the_data(tmp_path, store, capsys):
+    make_minari("named-v0", Box(-9, 9, (4,)), env="CartPole-v1")
+    assert open_dataset(convert_bsuite.convert(Path("named-v0"))).path == Path("datasets/bsuite/CartPole-v1")
+    assert open_dataset(convert_bsuite.convert(Path("named-v0"), "Mine-v1")).meta["env_id"] == "Mine-v1"
+    capsys.readouterr()
+    atari = convert_atari.convert(Args("Mine-v2", source=(Path("named-v0"),), out=tmp_path / "out", max_episodes=1))
+    assert open_dataset(atari).meta["env_id"] == "Mine-v2" and open_dataset(atari).meta["episodes"] == 1
+    assert f"needs about {6 * (4 * 4 + 11) / 1e9:.3g} GB" in capsys.readouterr().out
+    make_minari("nameless-v0", VECTOR)
+    for source, settings, sentence in (
+        ("nameless-v0", {}, "names no environment: name it by --env-id"),
+        ("named-v0", {}, "exists already"),
+        ("named-v0", {"noise": 1.5, "env_id": "new"}, "from 0 to 1"),
+        ("no-v0", {}, "there is no no-v0"),
+        (str(tmp_path), {}, "name the task .* by --env-id"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            convert_bsuite.convert(Path(source), **settings)
+
+
+@pytest.mark.parametrize("storage", ["hdf5", "arrow"])
+def test_dict_observations(tmp_path, store, storage):
+    space = Dict(goal=Box(-9, 9, (2,)), image=Box(0, 255, (84, 84), np.uint8), parts=Dict(a=VECTOR))
+    values = make_minari("dict-v0", space, data_format=storage)
+    data = open_dataset(convert_bsuite.convert(Path("dict-v0"), "Mine", observation_key="goal"))
+    assert np.array_equal(data.observation, np.concatenate([value["goal"] for value in values]))
+    args = Args("Freeway", source=(Path("dict-v0"),), observation_key="image")
+    data = open_dataset(convert_atari.convert(args))
+    assert np.array_equal(data.observation, np.concatenate([value["image"] for value in values]))
+    make_minari("plain-v0", VECTOR)
+    for source, key, sentence in (
+        ("dict-v0", None, r"has observations goal, image, parts: choose one by --observation-key"),
+        ("dict-v0", "gaol", r"has observations goal, image, parts: choose one by --observation-key"),
+        ("dict-v0", "parts", r"observations of Dict: wanted is a Box"),
+        ("plain-v0", "goal", r"has no Dict observations: leave out --observation-key"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            convert_bsuite.convert(Path(source), "new", observation_key=key)
+
+
+# --------------------------------------------------------------------------------------------------------------- Images
+
+
+def gray(images):
+    return images @ np.array([0.299, 0.587, 0.114])
+
+
+def halved(images):
+    return images.reshape(*images.shape[:-2], 84, 2, 84, 2).mean((-3, -1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((84, 84), lambda x: x),
+        ((168, 168, 1), lambda x: halved(x[..., 0])),
+        ((4, 84, 84), lambda x: x[:, :, -1]),
+        ((84, 84, 4), lambda x: x[..., -1]),
+        ((84, 84, 3), gray),
+        ((3, 84, 84, 3), lambda x: gray(x[:, :, -1])),
+        ((168, 168), halved),
+        ((2, 168, 168), lambda x: halved(x[:, :, -1])),
+        ((168, 168, 3), lambda x: halved(gray(x))),
+    ],
+)
+def test_images_become_frames(tmp_path, store, shape, expected):
+    images = make_minari("images-v0", Box(0, 255, shape, np.uint8))
+    data = open_dataset(convert_atari.convert(Args("Freeway", source=(Path("images-v0"),))))
+    assert data.path == Path("datasets/atari/Freeway") and data.is_terminal.sum() == 2
+    frames = expected(images).reshape(12, 84, 84)
+    assert data.observation.dtype == np.uint8
+    assert np.abs(data.observation - frames.astype(float)).max() <= (0 if frames.dtype == np.uint8 else 1)
+    assert data.meta["reference_returns"] == {"random": 0.0, "online_dqn": 26.76}  # RL Unplugged's, without Minari's
+
+
+def test_ataris_own_size_as_jpeg(tmp_path, store):
+    images = make_minari(
+        "images-v0", Box(0, 255, (210, 160, 3), np.uint8), jpeg_encoding=True, ref_min_score=1.5, ref_max_score=2
+    )
+    data = open_dataset(convert_atari.convert(Args("Freeway", source=(Path("images-v0"),))))
+    assert np.abs(data.observation.mean() - gray(images).mean()) < 2 and data.observation.std() < gray(images).std()
+    assert data.meta["reference_returns"] == {"random": 1.5, "online_dqn": 2.0}
+
+
+# --------------------------------------------------------------------------------------------------------- Wrong inputs
+
+
+@pytest.mark.parametrize(
+    ("space", "actions", "sentence"),
+    [
+        (Box(0, 1, (84, 84), np.float32), THREE, r"observations of float32 \(84, 84\): wanted is .* uint8 images"),
+        (Box(0, 1, (4, 84, 84), np.float64), THREE, r"observations of float64 \(4, 84, 84\): wanted is"),
+        (
+            Box(0, 255, (3, 84, 84), np.uint8),
+            THREE,
+            r"observations of uint8 \(3, 84, 84\): wanted is",
+        ),  # colours, or a stack
+        (Box(0, 255, (96, 96, 4), np.uint8), THREE, r"observations of uint8 \(96, 96, 4\): wanted is"),
+        (Box(0, 255, (2, 2, 84, 84, 3), np.uint8), THREE, r"observations of uint8 .*: wanted is"),
+        (Box(0, 1, (2, 2, 2, 2)), THREE, r"observations of float32 \(2, 2, 2, 2\): wanted is"),
+        (Tuple([VECTOR, VECTOR]), THREE, r"observations of Tuple: wanted is a Box of vectors or matrices"),
+        (Discrete(9), THREE, r"observations of Discrete: wanted is a Box"),
+        (VECTOR, Discrete(3, start=1), r"actions of Discrete\(3, start=1\): wanted is Discrete, from 0"),
+        (VECTOR, MultiDiscrete([2, 2]), r"actions of MultiDiscrete.*: wanted is Discrete, from 0"),
+        (VECTOR, Box(-np.arange(40.0), np.arange(40.0), dtype=np.float64), r"actions of Box.*: wanted is Discrete, from 0"),
+        (Box(0, 255, (84, 84, 0), np.uint8), THREE, r"observations of uint8 \(84, 84, 0\): wanted is"),
+        (Box(-np.inf, np.inf, (), np.float32), THREE, r"observations of Box: wanted is"),
+        (VECTOR, Discrete(2), r"episode 0: actions are from 0 to 1, but here is 2"),
+    ],
+)
+def test_what_cannot_be_converted(tmp_path, store, space, actions, sentence):
+    make_minari("wrong-v0", space, actions=actions)
+    for converter in (
+        lambda: convert_bsuite.convert(Path("wrong-v0"), "new"),
+        lambda: convert_atari.convert(Args("new", source=(Path("wrong-v0"),))),
+    ):
+        with pytest.raises(InputError, match=sentence) as error:
+            converter()
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("new"))
+
+
+def rewrite(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("storage", "damage", "sentence"),
+    [
+        ("hdf5", lambda data: cut(data / "main_data.hdf5", 9_000), "data, episode 0 is damaged or cut short: OSError"),
+        ("hdf5", lambda data: (data / "main_data.hdf5").unlink(), "data is damaged, or no Minari dataset: ValueError"),
+        ("arrow", lambda data: cut(data / "1" / "part-0.arrow", 500), "data, episode 1 is damaged or cut short"),
+        ("arrow", lambda data: shutil.rmtree(data / "1"), "data, episode 1 is damaged or cut short"),
+        ("parquet", lambda data: cut(data / "1" / "part-0.parquet", 500), "data, episode 1 is damaged or cut short"),
+        ("hdf5", lambda data: cut(data / "metadata.json", 50), "data is damaged, or no Minari dataset: JSONDecodeError"),
+        ("hdf5", lambda data: cut(data / "metadata.json", 0), "data is damaged, or no Minari dataset"),
+        ("hdf5", lambda data: rewrite(data / "metadata.json", "[7]", "[1]"), r"damaged, or no Minari dataset"),
+        ("hdf5", lambda data: rewrite(data / "metadata.json", '"float64', '"no type'), r"damaged, or no Minari dataset"),
+        ("hdf5", lambda data: rewrite(data / "metadata.json", '"Box', '"Bag'), r"damaged, or no Minari dataset"),
+        ("hdf5", lambda data: rewrite(data / "metadata.json", '"hdf5"', '"zarr"'), r"damaged, or no Minari dataset"),
+        ("hdf5", lambda data: rewrite(data / "metadata.json", "20.0", '"high"'), r"damaged, or no Minari dataset"),
+        ("hdf5", lambda data: rewrite(data / "metadata.json", '"0.5.', '"9.5.'), r"does not support"),
+        (
+            "arrow",
+            lambda data: rewrite(data / "1" / "metadata.json", '"total_steps": 5', '"total_steps": 6'),
+            "episode 1 is damaged or cut short: .*5 steps were read, not 6",
+        ),
+    ],
+)
+def test_damaged_datasets_are_named_and_nothing_is_left(tmp_path, store, storage, damage, sentence):
+    make_minari("vectors-v0", VECTOR, data_format=storage, ref_min_score=0.0, ref_max_score=20.0)
+    damage(store / "vectors-v0" / "data")
+    with pytest.raises(InputError, match=sentence) as error:
+        convert_bsuite.convert(Path("vectors-v0"), "new")
+    assert "vectors-v0" in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.rglob("new"))
+
+
+def test_observations_that_are_not_as_described(tmp_path, store):
+    for stored, described, sentence in (
+        (Box(0, 255, (84, 84), np.uint8), (96, 96), r"observations are uint8 \(84, 84\), not uint8 \(96, 96\)"),
+        (Box(0, 255, (84, 84), np.float32), (84, 84), r"observations are float32 \(84, 84\), not uint8 \(84, 84\)"),
+        (VECTOR, (8,), r"observations are float64 \(7,\), not uint8 \(8,\)"),
+    ):
+        make_minari("stored-v0", stored)
+        make_minari("described-v0", Box(0, 255, described, np.uint8))
+        shutil.copy(store / "stored-v0" / "data" / "main_data.hdf5", store / "described-v0" / "data" / "main_data.hdf5")
+        shutil.rmtree(store / "stored-v0")
+        with pytest.raises(InputError, match=f"episode 0 is damaged or cut short: .*{sentence}"):
+            convert_atari.convert(Args("Freeway", source=(Path("described-v0"),)))
+        shutil.rmtree(store / "described-v0")
+
+
+def test_an_arrow_episode_of_which_minari_reads_a_part(tmp_path, store):
+    """Its reader returns one piece of at most 131,072 rows."""
+    make_minari("long-v0", Box(-9, 9, (1,)), episodes=1, steps=131_072, data_format="arrow")
+    with pytest.raises(InputError, match=r"\d+ steps were read, not 131072"):
+        convert_bsuite.convert(Path("long-v0"), "new")
+
+
+# -------------------------------------------------------------------------------------------------------------- README
+
+
+def test_the_example_of_the_readme(tmp_path, store):
+    section = re.search(r"^## Minari\n(.*?)^## ", README.read_text(), re.DOTALL | re.MULTILINE)[1]
+    code, (converting, training) = (
+        re.search(r"```python\n(.*?)```", section, re.DOTALL)[1],
+        re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1].splitlines(),
+    )
+    exec(code, {})
+    assert shlex.split(converting)[:3] == ["python", "-m", "data.convert_bsuite"]
+    folder = convert_bsuite.convert(**vars(tyro.cli(convert_bsuite.Args, args=shlex.split(converting)[3:])))
+    data = open_dataset(folder)
+    assert shlex.split(training) == ["python", "rosmo_bsuite.py", "--env-id", folder.name]
+    assert folder == Path("datasets/bsuite/CartPole-v1") and data.meta["env_id"] == "CartPole-v1"
+    assert data.meta["episodes"] == 100 and data.observation.shape[1:] == (4,) and data.meta["num_actions"] == 2
+    assert 100 < data.meta["return_mean"] < 450 and data.meta["return_max"] == 500
+    references = data.meta["reference_returns"]
+    assert 15 < references["random"] < 30 and references["online_dqn"] == 500
+    lengths = np.diff(np.flatnonzero(np.append(data.is_first, True))) - 1
+    assert np.array_equal(lengths < 500, data.is_terminal[data.is_last])  # CartPole's time limit is 500
