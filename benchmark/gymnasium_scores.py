@@ -1,0 +1,100 @@
+"""Scores on environments of Gymnasium, from Minari datasets that are recorded here, beside random play and the data's mean.
+
+    python -m benchmark.gymnasium_scores --workers 2                   # three environments and seeds, both algorithms
+
+A dataset is 200 episodes of a simple rule. In each episode another share of the actions is random: none, 0.3, 0.6 or all.
+Writes benchmark/results/gymnasium_scores.csv, one line per evaluation, and prints a table.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium
+import minari
+import numpy as np
+import tyro
+
+from benchmark import studies
+from benchmark.studies import Run
+from data.convert_bsuite import convert
+from data.dataset import open_dataset, run_program
+
+RULES: dict[str, Callable[[np.ndarray], int]] = {
+    "CartPole-v1": lambda x: int(x[2] + x[3] > 0),  # push to the side to which the pole falls
+    "Acrobot-v1": lambda x: 2 if x[5] > 0 else 0,  # turn the lower link on as it turns
+    "MountainCar-v0": lambda x: 2 if x[1] > 0 else 0,  # drive on as it rolls
+}
+REFERENCES = {"CartPole-v1": (20.0, 500.0), "Acrobot-v1": (-500.0, -80.0), "MountainCar-v0": (-200.0, -110.0)}
+EPISODES, SHARES = 200, (0.0, 0.3, 0.6, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(studies.Args):
+    env_ids: tuple[str, ...] = tuple(RULES)  # environments to train on
+    updates: int = 20_000  # of each run
+    evaluations: int = 10  # of each run
+    runs: Path = Path("runs/gymnasium_scores")  # where the runs are kept
+
+
+def find_dataset(env_id: str, noise: float = 0.0) -> Path:
+    """The folder of the dataset; recorded as a Minari dataset and converted, if it is missing."""
+    folder = Path("datasets", "bsuite", env_id)
+    if not folder.exists():
+        os.environ["MINARI_DATASETS_PATH"] = str(Path("datasets", "minari").absolute())
+        environment, random = minari.DataCollector(gymnasium.make(env_id)), np.random.default_rng(0)
+        for episode in range(EPISODES):
+            observation, _ = environment.reset(seed=episode)
+            is_over = False
+            while not is_over:
+                is_random = random.random() < SHARES[episode % len(SHARES)]
+                action = int(random.integers(environment.action_space.n)) if is_random else RULES[env_id](observation)
+                observation, _, terminated, truncated, _ = environment.step(action)
+                is_over = terminated or truncated
+        name, (low, high) = f"{env_id.split('-')[0].lower()}/mixed-v0", REFERENCES[env_id]
+        environment.create_dataset(name, ref_min_score=low, ref_max_score=high, description="a rule and random actions")
+        convert(Path(name), env_id)
+    return folder
+
+
+def random_return(env_id: str, episodes: int = 100) -> float:
+    """The mean return of uniform actions."""
+    environment, returns = gymnasium.make(env_id), []
+    environment.action_space.seed(0)
+    for episode in range(episodes):
+        environment.reset(seed=episode)
+        total, is_over = 0.0, False
+        while not is_over:
+            _, reward, terminated, truncated, _ = environment.step(environment.action_space.sample())
+            total, is_over = total + float(reward), terminated or truncated
+        returns.append(total)
+    return float(np.mean(returns))
+
+
+def main(args: Args) -> None:
+    scripts = ("rosmo_bsuite", "muzero_unplugged_bsuite")
+    runs = [
+        Run({"script": script, "task": env_id, "seed": seed}, script, {"env-id": env_id, "seed": seed},
+            args.updates, args.evaluations)
+        for script in scripts
+        for env_id in args.env_ids
+        for seed in args.seeds
+    ]  # fmt: skip
+    rows = studies.make_all(runs, args, args.results / "gymnasium_scores.csv", find_dataset)
+    if args.part is not None:
+        return
+    print("| environment | random play | mean of the data | ROSMO | each seed | MuZero Unplugged | each seed |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for env_id in args.env_ids:
+        data = open_dataset(find_dataset(env_id)).meta["return_mean"]
+        cells = [env_id, f"{random_return(env_id):.1f}", f"{data:.1f}"]
+        for script in scripts:
+            of_it = [row for row in rows if row["task"] == env_id and row["script"] == script]
+            returns = [run[-1]["return_mean"] for run in studies.runs_of(of_it).values()]
+            cells += [f"{np.mean(returns):.1f} ± {np.std(returns):.1f}", ", ".join(f"{x:.1f}" for x in returns)]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(tyro.cli(Args, description=__doc__)))
