@@ -756,6 +756,10 @@ def use_devices(args: Args) -> None:
             jax.distributed.initialize(num_processes=int(count or 0) or None, process_id=int(index) if index else None)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"--distributed: {error}") from None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):  # JAX asserts that it knows the platform
+        raise InputError(f"JAX has no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}") from None
     if args.batch_size % jax.device_count() != 0:
         raise InputError(f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices")
 
@@ -996,8 +1000,7 @@ if __name__ == "__main__":
         known = (
             type(error).__name__ == "InputError" or isinstance(error, OSError) or type(error).__module__.startswith("wandb")
         )
-        words = ("No space left on device", "RESOURCE_EXHAUSTED", "Unable to initialize backend")
-        if not known and not any(word in str(error) for word in words):
+        if not known and not any(word in str(error) for word in ("No space left on device", "RESOURCE_EXHAUSTED")):
             raise
         print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

@@ -502,10 +502,13 @@ def test_errors_are_one_sentence_and_exit_code_2(catch_dataset, bsuite_run, tmp_
     ):
         out, err = program(rosmo_bsuite, *arguments, cwd=tmp_path).communicate(timeout=200)
         assert out == "" and err.startswith("error: ") and sentence in err and err.count("\n") == 1, err
-    process = program(rosmo_bsuite, "--eval-only")
-    assert (
-        process.communicate(timeout=100) == ("", "error: --eval-only needs --resume RUN_DIR\n") and process.returncode == 2
-    )
+    for environment, arguments, sentence in (
+        ({}, ["--eval-only"], "--eval-only needs --resume RUN_DIR, and --eval-episodes above 0"),
+        ({"JAX_PLATFORMS": "cuda"}, ["--data-dir", catch_dataset], "JAX has no device for JAX_PLATFORMS=cuda"),
+    ):
+        process = program(rosmo_bsuite, *arguments, cwd=tmp_path, env=os.environ | environment)
+        out, err = process.communicate(timeout=100)
+        assert out == "" and err.splitlines()[-1].startswith(f"error: {sentence}") and process.returncode == 2, err
 
 
 def test_errors_of_the_libraries(tmp_path):
