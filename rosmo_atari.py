@@ -118,7 +118,7 @@ class Args:
 
     def __post_init__(self) -> None:
         """Raises InputError for values that make no sense."""
-        zero = ("seed", "eval_episodes", "warmup_steps", "weight_decay", "cpu_devices")
+        zero = ["seed", "eval_episodes", "warmup_steps", "weight_decay", "cpu_devices"]
         tiny, huge = sys.float_info.min, sys.float_info.max
         for name, value in vars(self).items():
             least = {"num_bins": 3, "channels": 2}.get(

@@ -108,7 +108,7 @@ class Args:
 
     def __post_init__(self) -> None:
         """Raises InputError for values that make no sense."""
-        zero = ("seed", "eval_episodes", "noise", "warmup_steps", "weight_decay", "cpu_devices")
+        zero = ["seed", "eval_episodes", "noise", "warmup_steps", "weight_decay", "cpu_devices"]
         tiny, huge = sys.float_info.min, sys.float_info.max
         for name, value in vars(self).items():
             least = {"num_bins": 3}.get(name, 0 if name in zero or name.endswith(("_coef", "_scale")) else tiny)
