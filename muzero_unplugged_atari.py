@@ -538,8 +538,8 @@ class Targets(NamedTuple):
     reward: jax.Array  # [B, K]
     value: jax.Array  # [B, K+1]
     policy: jax.Array  # [B, K+1, A]
-    reward_weight: jax.Array  # [B, K], of the reward losses: 0 or, so that their mean is 1, a little more than 1
-    weight: jax.Array  # [B, K+1], of all other losses
+    reward_weight: jax.Array  # [B, K], of the reward losses: 0 where nothing is known, else equal; their mean is 1
+    weight: jax.Array  # [B, K+1], the same of all other losses
 
 
 def make_labels(target_params: Any, key: jax.Array, observation: jax.Array, model: Model) -> Labels:
@@ -575,15 +575,13 @@ def random_actions(key: jax.Array, shape: tuple[int, ...], num_actions: int) -> 
 def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Targets:
     """Targets of windows [B, T]; what lies after a terminal state in the window is an absorbing state.
 
-    Nothing is known from the step on at which an episode was cut off: there all losses have weight 0.
+    From the step on at which an episode was cut off nothing is known: there all losses have weight 0.
     """
     k, length, num_actions = args.unroll_steps, args.unroll_steps + 1, labels.policy.shape[-1]
     ended = jax.lax.cummax(batch.is_last[:, :length].astype(int), axis=1) == 1  # any is_last in 0..t
     restarted = jax.lax.cummax(batch.is_first[:, 1 : length + 1].astype(int), axis=1) == 1  # any is_first in 1..t+1
     first_end = batch.is_last[:, :length] & (jnp.cumsum(batch.is_last[:, :length], axis=1) == 1)
-    cut_off = jax.lax.cummax(
-        (first_end & ~batch.is_terminal[:, :length]).astype(int), axis=1
-    )  # in 0..t, by no terminal state
+    cut_off = jax.lax.cummax((first_end & ~batch.is_terminal[:, :length]).astype(int), axis=1)  # 1 from a cut-off on
     return Targets(
         action=jnp.where(restarted[:, :k], random_actions(key, (len(ended), k), num_actions), batch.action[:, :k]),
         reward=jnp.where(restarted[:, :k], 0, batch.reward[:, :k]),
@@ -960,11 +958,8 @@ def main(args: Args) -> int:
         model = Model(int(environment.single_action_space.n), args)
         state = init_state((84, 84, 4), model)
         state = restore(open_checkpoints(args.resume, read_only=True), state)
-        print(
-            json.dumps(
-                {"step": int(state.step), **evaluate(state, model, read_run(args.resume)["dataset"], (), args.resume)}
-            )
-        )
+        scores = evaluate(state, model, read_run(args.resume)["dataset"], (), args.resume)
+        print(json.dumps({"step": int(state.step), **scores}))
         return 0
     data, rows, meta = load_dataset(args, environment)
     model = Model(meta["num_actions"], args)
@@ -1038,9 +1033,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        known = (
-            type(error).__name__ == "InputError" or isinstance(error, OSError) or type(error).__module__.startswith("wandb")
-        )
+        known = type(error).__name__ == "InputError" or isinstance(error, OSError) or "wandb" in type(error).__module__
         if not known and not any(word in str(error) for word in ("No space left on device", "RESOURCE_EXHAUSTED")):
             raise
         print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)

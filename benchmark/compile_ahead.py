@@ -94,11 +94,10 @@ def abstract_update(script: Any, model: Any, state: Any) -> Any:
 
 NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
 WIDTHS = {"pred": 1, "s4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(.*)", re.M)
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(.*)", re.M)
 
 
 class Instruction(NamedTuple):
-    is_root: bool
     size: float  # bytes of its result
     kind: str
     operands: list[str]  # a parameter's is its number
@@ -116,14 +115,16 @@ def parse(text: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
     for block in re.finditer(r"^(ENTRY )?%?([\w.\-]+) \((.*?)^\}", text, re.M | re.S):
         entry = block[2] if block[1] else entry
         computations[block[2]] = {
-            name: Instruction(bool(root), size(shape), kind, re.findall(r"[\w.\-]+", operands), attributes)
-            for root, name, shape, kind, operands, attributes in INSTRUCTION.findall(block[3])
+            name: Instruction(size(shape), kind, re.findall(r"[\w.\-]+", operands), attributes)
+            for name, shape, kind, operands, attributes in INSTRUCTION.findall(block[3])
         }
     return entry, computations
 
 
-def count(text: str) -> tuple[float, int, int]:
-    """Bytes moved, kernels and all-reduces of a compiled program, its loops as often as the compiler knows that they turn.
+def count(text: str) -> tuple[float, float, int, int]:
+    """Bytes moved, those of them by convolutions, kernels and all-reduces of a compiled program.
+
+    Loops count as often as the compiler knows that they turn, else once.
 
     A kernel reads its operands and writes its result; of an array that it only slices or updates in place, that part.
     """
@@ -142,18 +143,20 @@ def count(text: str) -> tuple[float, int, int]:
         return max(0.0, total - saved)
 
     def of(name: str) -> np.ndarray:
-        result = np.zeros(3)
+        result = np.zeros(4)
         for instruction in computations[name].values():
             if loop := re.search(r"body=%?([\w.\-]+)", instruction.attributes):
                 turns = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes)
                 result += (int(turns[1]) if turns else 1) * of(loop[1])
             elif instruction.kind not in NO_KERNEL and not instruction.kind.endswith("-done"):
                 is_exchange = instruction.kind in ("all-reduce", "all-reduce-start")
-                result += (moved(instruction, computations[name]), 1, is_exchange)
+                is_convolution = instruction.kind == "convolution" or "conv_general_dilated" in instruction.attributes
+                size = moved(instruction, computations[name])
+                result += (size, size * (is_convolution and instruction.kind != "fusion"), 1, is_exchange)
         return result
 
-    bytes_moved, kernels, all_reduces = of(entry)
-    return float(bytes_moved), int(kernels), int(all_reduces)
+    bytes_moved, by_convolutions, kernels, all_reduces = of(entry)
+    return float(bytes_moved), float(by_convolutions), int(kernels), int(all_reduces)
 
 
 def operations(script: Any, model: Any, state: Any) -> float:
@@ -171,9 +174,10 @@ def operations(script: Any, model: Any, state: Any) -> float:
 
 
 def main(options: Args) -> None:
-    head = ("chips", "script", "type", "temporaries", "operations", "moved", "kernels", "all-reduces", "memory alone")
-    print("|", *(f"{x} |" for x in (*head, "arithmetic alone")))
-    print("|", *("--- |" for _ in range(len(head) + 1)), flush=True)
+    head = ["chips", "script", "type", "temporaries", "operations", "moved", "by convolutions", "kernels", "all-reduces"]
+    head += ["memory alone", "arithmetic alone"]
+    print("|", *(f"{x} |" for x in head))
+    print("|", *("--- |" for _ in head), flush=True)
     real_devices, real_count = jax.devices, jax.device_count
     for target in (TARGETS[name] for name in options.targets):
         try:
@@ -191,15 +195,18 @@ def main(options: Args) -> None:
                 compiled = abstract_update(script, model, state).compile()
                 jax.devices, jax.device_count = real_devices, real_count
                 flops = operations(script, model, state) / len(devices)
-                moved, kernels, all_reduces = count(compiled.as_text())
+                moved, by_convolutions, kernels, all_reduces = count(compiled.as_text())
                 temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
-                row = [target.name, name, dtype, f"{temporaries:.2f} GiB", f"{flops / 1e12:.2f} TFLOP"]
-                row += [
+                row = [
+                    target.name,
+                    name,
+                    dtype,
+                    f"{temporaries:.2f} GiB",
+                    f"{flops / 1e12:.2f} TFLOP",
                     f"{moved / 1e9:.1f} GB",
-                    f"{kernels:,}",
-                    str(all_reduces),
-                    f"{moved / target.bandwidth * 1e3:.1f} ms",
                 ]
+                row += [f"{by_convolutions / 1e9:.1f} GB", f"{kernels:,}", str(all_reduces)]
+                row += [f"{moved / target.bandwidth * 1e3:.1f} ms"]
                 print("|", *(f"{x} |" for x in row), f"{flops / target.speed[dtype] * 1e3:.1f} ms |", flush=True)
                 print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
 

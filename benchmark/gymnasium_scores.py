@@ -2,11 +2,13 @@
 
     python -m benchmark.gymnasium_scores --workers 2                   # three environments and seeds, both algorithms
 
-A dataset is 200 episodes of a simple rule. In each episode another share of the actions is random: none, 0.3, 0.6 or all.
+It needs '.[benchmark,formats]'. A dataset is 200 episodes of a simple rule; in turn, none, 0.3, 0.6 or all of an episode's
+actions are random.
 Writes benchmark/results/gymnasium_scores.csv, one line per evaluation, and prints a table.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +40,13 @@ class Args(studies.Args):
     runs: Path = Path("runs/gymnasium_scores")  # where the runs are kept
 
 
-def find_dataset(env_id: str, noise: float = 0.0) -> Path:
+def find_dataset(env_id: str, _: float = 0.0) -> Path:
     """The folder of the dataset; recorded as a Minari dataset and converted, if it is missing."""
     folder = Path("datasets", "bsuite", env_id)
     if not folder.exists():
-        os.environ["MINARI_DATASETS_PATH"] = str(Path("datasets", "minari").absolute())
+        store, name = Path("datasets", "minari").absolute(), f"{env_id.split('-')[0].lower()}/mixed-v0"
+        shutil.rmtree(store / name, ignore_errors=True)  # what a killed program left
+        os.environ["MINARI_DATASETS_PATH"] = str(store)
         environment, random = minari.DataCollector(gymnasium.make(env_id)), np.random.default_rng(0)
         for episode in range(EPISODES):
             observation, _ = environment.reset(seed=episode)
@@ -52,7 +56,7 @@ def find_dataset(env_id: str, noise: float = 0.0) -> Path:
                 action = int(random.integers(environment.action_space.n)) if is_random else RULES[env_id](observation)
                 observation, _, terminated, truncated, _ = environment.step(action)
                 is_over = terminated or truncated
-        name, (low, high) = f"{env_id.split('-')[0].lower()}/mixed-v0", REFERENCES[env_id]
+        low, high = REFERENCES[env_id]
         environment.create_dataset(name, ref_min_score=low, ref_max_score=high, description="a rule and random actions")
         convert(Path(name), env_id)
     return folder
