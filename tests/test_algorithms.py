@@ -573,13 +573,13 @@ def expected_loss(params: Any, batch: Any, targets: dict[str, np.ndarray], model
     return total, metrics
 
 
-@pytest.mark.parametrize("cut_off", [[], [2, 8], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("cut_off", [[], [1, 4, 9], [0, 2, 3, 5, 6]])
 def test_targets_losses_and_gradients_at_other_settings(cut_off):
     """Every coefficient, the discount, the steps, the bins and the gradient's scale, against the definitions.
 
     cut_off: those of the episodes that end in no terminal state.
     """
-    model, lengths = small_model(rosmo, **LOSS), [2, 3, 8, 4, 9, 5, 3, 7, 6, 12]
+    model, lengths = small_model(rosmo, **LOSS), [2, 2, 3, 8, 2, 2, 4, 9, 5, 3, 7, 6, 12]
     args, params = model.args, random_parameters(model)
     is_last = np.isin(np.arange(sum(lengths)), np.cumsum(lengths) - 1)
     is_terminal = is_last & ~np.isin(np.cumsum(is_last) - 1, cut_off)
