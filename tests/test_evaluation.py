@@ -183,6 +183,14 @@ def test_environments_that_do_not_fit(env_id, sentence):
         rosmo_bsuite.make_environments(env_id, [0])
 
 
+def test_actions_that_do_not_begin_at_0(monkeypatch):
+    environment = gymnasium.make("CartPole-v1")
+    environment.action_space = gymnasium.spaces.Discrete(2, start=1)
+    monkeypatch.setattr(gymnasium, "make", lambda *_, **__: environment)
+    with pytest.raises(rosmo_bsuite.InputError, match="a number of actions from 0"):
+        rosmo_bsuite.make_environment("CartPole-v1", 0)
+
+
 def test_settings_of_atari(monkeypatch):
     """Those of the datasets, game scores that are not clipped, and half an hour of play at most; seeds as they are given."""
     settings = {}

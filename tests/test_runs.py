@@ -183,6 +183,8 @@ def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(catch_datas
     args = rosmo_bsuite.Args(data_dir=catch_dataset)
     folders = [str(rosmo_bsuite.open_run(args, {})["args"]["run_dir"]) for _ in range(3)]
     assert folders == [f"runs/catch__rosmo_bsuite__0__20260101-000000{suffix}" for suffix in ("", "_2", "_3")]
+    args = dataclasses.replace(args, env_id="ALE/Pong-ram-v5")
+    assert str(rosmo_bsuite.open_run(args, {})["args"]["run_dir"]).startswith("runs/ALE_Pong-ram-v5__")
 
 
 def test_tracking(bsuite_run, flags, tmp_path, monkeypatch):
