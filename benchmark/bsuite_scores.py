@@ -1,80 +1,149 @@
-"""Scores of a script on the BSuite tasks, several seeds each, beside random play and the data's own mean return.
+"""Scores of the methods on BSuite's tasks at the paper's settings: learning curves and a table.
 
-    python -m benchmark.bsuite_scores                                  # three tasks, three seeds, 20,000 updates
-    python -m benchmark.bsuite_scores --seeds 0 --updates 5000 --evaluations 5
-    python -m benchmark.bsuite_scores --results DIR                    # with an empty DIR: makes every run anew
+    python -m benchmark.bsuite_scores                            # four methods, three tasks, three seeds, 200,000 updates
+    python -m benchmark.bsuite_scores --methods ROSMO --tasks catch --seeds 0 --updates 5000 --evaluations 5 --name short
+    python -m benchmark.bsuite_scores --name bsuite_labels --methods "MuZero Unplugged" "labels of every window" \
+        --tasks catch mountain_car --batch-size 128 --updates 30000 --evaluations 30 --last 30
+    python -m benchmark.bsuite_scores --results DIR              # with an empty DIR: makes every run anew
 
-Writes benchmark/results/bsuite_scores.csv, one line per evaluation, and prints a table. A stopped benchmark goes on
-where it was: runs that are whole in a table of --results or in runs/bsuite_scores/ are read, others made or resumed.
+Writes benchmark/results/NAME.csv, one line per evaluation, and prints a table. NAME.png has the curves against updates,
+NAME_hours.png against the time of training; the interquartile mean over tasks and seeds has 95 % stratified bootstrap
+intervals. A run that is whole in a table of --results or in --runs is read, others are made or resumed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
 from benchmark import studies
 from benchmark.studies import Run
-from data.dataset import open_dataset, run_program
-from data.record_bsuite import default_folder, make_environment, record_if_missing
+from data.dataset import run_program
+from data.record_bsuite import record_if_missing
+
+Method = Literal[
+    "ROSMO", "one-step, no regularisation", "filtered cloning",
+    "MuZero Unplugged", "MZU-Q", "Gumbel MuZero", "labels of every window",
+]  # fmt: skip
+METHODS: dict[Method, tuple[str, dict[str, Any]]] = {  # a script and its flags
+    "ROSMO": ("rosmo_bsuite", {}),
+    "one-step, no regularisation": ("rosmo_bsuite", {"behavior-coef": 0.0}),
+    "filtered cloning": ("rosmo_bsuite", {"policy-coef": 0.0, "sampling": True}),  # it acts as its policy says
+    "MuZero Unplugged": ("muzero_unplugged_bsuite", {}),
+    "MZU-Q": ("muzero_unplugged_bsuite", {"policy-target": "mzu_q"}),
+    "Gumbel MuZero": ("muzero_unplugged_bsuite", {"policy-target": "gumbel"}),
+    "labels of every window": ("benchmark.window_labels", {}),
+}
+BATCH_SIZE = 512  # the paper's, and the scripts' own
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(studies.Args):
-    script: Literal["rosmo_bsuite", "muzero_unplugged_bsuite"] = "rosmo_bsuite"  # the training script
+    methods: tuple[Method, ...] = ("ROSMO", "one-step, no regularisation", "filtered cloning", "MuZero Unplugged")
     tasks: tuple[str, ...] = ("catch", "cartpole", "mountain_car")  # tasks to train on
-    updates: int = 20_000  # of each run
+    updates: int = 200_000  # of each run
     evaluations: int = 20  # of each run
-    runs: Path = Path("runs/bsuite_scores")  # where the runs are kept
+    batch_size: int = BATCH_SIZE  # windows per update
+    last: int = 10  # evaluations that the table sums up
+    name: str = "bsuite_scores"  # of the table and the figures
+    runs: Path = Path("runs/bsuite")  # where the runs are kept
 
 
-def random_return(task: str, episodes: int = 100) -> float:
-    """The mean return of uniform actions."""
-    environment, random, returns = make_environment(task, seed=0), np.random.default_rng(0), []
-    for _ in range(episodes):
-        timestep, total = environment.reset(), 0.0
-        while not timestep.last():
-            timestep = environment.step(int(random.integers(3)))
-            total += timestep.reward
-        returns.append(total)
-    return float(np.mean(returns))
-
-
-def summary(task: str, runs: list[list[dict]]) -> str:
-    """A line of the printed table, from the rows of a task's runs."""
-    solved = [[row["step"] for row in run if row["normalized_score"] >= 0.9] for run in runs]
-    last = [run[-1] for run in runs]
-    returns, seconds = [row["return_mean"] for row in last], [row["update_seconds"] for row in last]
-    folder = default_folder(task, 0.0)
-    cells = [
-        task,
-        f"{random_return(task):.2f}",
-        f"{open_dataset(folder).meta['return_mean']:.2f}" if folder.exists() else "",
-        f"{np.mean(returns):.2f} ± {np.std(returns):.2f}",
-        ", ".join(f"{row['normalized_score']:.3f}" for row in last),
-        ", ".join(str(steps[0]) if steps else "never" for steps in solved),
-        "" if None in seconds else f"{np.median(seconds):.0f} s",  # older tables lack it
+def runs_of(args: Args) -> list[Run]:
+    """The runs of all methods, tasks and seeds."""
+    batch_size = {"batch-size": args.batch_size} if args.batch_size != BATCH_SIZE else {}
+    return [
+        Run(
+            {"method": method, "task": task, "seed": seed},
+            METHODS[method][0],
+            {"env-id": task, "seed": seed} | batch_size | METHODS[method][1],
+            args.updates,
+            args.evaluations,
+        )
+        for seed in args.seeds
+        for task in args.tasks
+        for method in args.methods
     ]
-    return f"| {' | '.join(cells)} |"
+
+
+def summary(runs: Sequence[list[dict]], last: int) -> list[str]:
+    """Cells of the table from the rows of some runs: the last evaluations, the best one, when the score was 0.9."""
+    ends = np.array([[row["normalized_score"] for row in run[-last:]] for run in runs])
+    low, high = np.quantile(ends, (0.25, 0.75))
+    solved = [[row for row in run if row["normalized_score"] >= 0.9] for run in runs]
+    hours = [run[-1]["update_seconds"] / 3600 for run in runs]
+    return [
+        f"{ends.mean():.2f} [{low:.2f}, {high:.2f}]",
+        ", ".join(f"{end.mean():.2f}" for end in ends),
+        f"{max(row['normalized_score'] for run in runs for row in run):.2f}",
+        ", ".join(f"{found[0]['step']:,}" if found else "never" for found in solved),
+        ", ".join(f"{found[0]['update_seconds'] / 60:.1f}" if found else "never" for found in solved),
+        f"{np.median(hours):.2f} h",
+    ]
+
+
+def draw(rows: list[dict], tasks: Sequence[str], path: Path, hours: bool) -> None:
+    """Draws the scores against updates or hours of training: a panel for each task, its seeds thin and their mean thick,
+    and one for the interquartile mean of all; against hours, a run that has ended keeps its last score there."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure, axes = plt.subplots(1, len(tasks) + 1, figsize=(4 * (len(tasks) + 1), 3.6), sharey=True, layout="constrained")
+    for i, method in enumerate(methods):
+        runs = studies.runs_of([row for row in rows if row["method"] == method])
+        seeds = sorted({seed for _, seed in runs})
+        xs = {key: np.array([row["update_seconds"] / 3600 if hours else row["step"] for row in runs[key]]) for key in runs}
+        scores = {key: np.array([row["normalized_score"] for row in runs[key]]) for key in runs}
+        for axis, task in zip(axes[1:], tasks, strict=True):
+            x = np.mean([xs[task, seed] for seed in seeds], axis=0)
+            for seed in seeds:
+                axis.plot(x, scores[task, seed], color=f"C{i}", linewidth=0.6, alpha=0.6)
+            axis.plot(x, np.mean([scores[task, seed] for seed in seeds], axis=0), color=f"C{i}", linewidth=2)
+        places = xs[tasks[0], seeds[0]]
+        if hours:
+            places = np.geomspace(max(x[0] for x in xs.values()), max(x[-1] for x in xs.values()), 30)
+        last = {key: scores[key][np.searchsorted(xs[key], places, "right") - 1] for key in runs}
+        at = np.array([[last[task, seed] for task in tasks] for seed in seeds])  # [seeds, tasks, places]
+        estimates = studies.interval_estimates({str(place): at[:, :, j] for j, place in enumerate(places)})
+        middle, low, high = np.array(list(estimates.values())).T
+        axes[0].plot(places, middle, color=f"C{i}", linewidth=2, label=method)
+        axes[0].fill_between(places, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+    for axis, title in zip(axes, ("all (IQM, 95 % interval)", *tasks), strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("hours of training" if hours else "updates")
+        axis.set_xscale("log" if hours else "linear")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("normalised score")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main(args: Args) -> None:
-    runs = [
-        Run({"script": args.script, "task": task, "seed": seed}, args.script, {"env-id": task, "seed": seed},
-            args.updates, args.evaluations)
-        for task in args.tasks
-        for seed in args.seeds
-    ]  # fmt: skip
-    table = args.results / "bsuite_scores.csv"
+    def score(run: list[dict]) -> float:
+        return float(np.mean([row["normalized_score"] for row in run[-args.last :]]))
+
+    runs, table = runs_of(args), args.results / f"{args.name}.csv"
     rows = studies.make_all(runs, args, table, record_if_missing)
-    if args.part is None:
-        print(f"{args.script}, {args.updates} updates, {len(args.seeds)} seeds, see {table}\n")
-        print("| task | random play | mean of the data | return (mean ± std over seeds) | normalised score of each seed | "
-              "updates to a score of 0.9 | time of all updates |\n| --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
-        for task in args.tasks:
-            print(summary(task, list(studies.runs_of([row for row in rows if row["task"] == task]).values())))
+    if args.part is not None:
+        return
+    print(f"{args.updates:,} updates, batch {args.batch_size}, seeds {', '.join(map(str, args.seeds))}\n")
+    head = ["task", "method", f"last {args.last} evaluations: mean [quartiles]", "mean of each seed", "best evaluation"]
+    head += ["updates to a score of 0.9", "minutes to it", "all updates"]
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    for task in args.tasks:
+        for method in args.methods:
+            of_it = studies.runs_of([row for row in rows if row["task"] == task and row["method"] == method])
+            print(f"| {task} | {method} | {' | '.join(summary(list(of_it.values()), args.last))} |")
+    print("\n| method | IQM over tasks and seeds [95 % interval] |\n| --- | --- |")
+    for method in args.methods:
+        scores = studies.scores_of([row for row in rows if row["method"] == method], args.tasks, score)
+        middle, low, high = studies.interval_estimates({method: scores})[method]
+        print(f"| {method} | {middle:.2f} [{low:.2f}, {high:.2f}] |")
+    draw(rows, args.tasks, table.with_suffix(".png"), hours=False)
+    draw(rows, args.tasks, table.with_name(f"{args.name}_hours.png"), hours=True)
 
 
 if __name__ == "__main__":

@@ -25,18 +25,12 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from benchmark import studies
+from benchmark.bsuite_scores import METHODS, Method
 from benchmark.studies import Run, Setting
 from data.dataset import InputError, run_program
 from data.record_bsuite import record_if_missing
 
 FRACTION = 0.2  # of the episodes, in all studies but coverage
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ROSMO": ("rosmo_bsuite", {}),
-    "one-step, no regularisation": ("rosmo_bsuite", {"behavior-coef": 0.0}),
-    "MuZero Unplugged": ("muzero_unplugged_bsuite", {}),
-    "MZU-Q": ("muzero_unplugged_bsuite", {"policy-target": "mzu_q"}),
-    "Gumbel MuZero": ("muzero_unplugged_bsuite", {"policy-target": "gumbel"}),
-}
 
 
 class Study(NamedTuple):
@@ -46,7 +40,7 @@ class Study(NamedTuple):
     flag: str
     own: float  # the value of runs without the flag: it is left out then, so that studies share the runs
     xs: tuple[float, ...]
-    methods: tuple[str, ...] = ("ROSMO", "MuZero Unplugged")
+    methods: tuple[Method, ...] = ("ROSMO", "MuZero Unplugged")
     common: tuple[tuple[str, Any], ...] = ()  # more flags of the methods
     updates: tuple[tuple[str, int], ...] = (("catch", 30_000), ("mountain_car", 10_000))  # of a run, by task
     evaluations: int = 10  # of a run

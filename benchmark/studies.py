@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 
     method: str
     x: float | None
-    script: str  # without .py
+    script: str  # a module
     flags: dict[str, Any]  # by name without the dashes; True for a flag without a value
 
 
@@ -53,7 +53,7 @@ class Run(NamedTuple):
     """One call of a training script. Its flags make it what it is and name it."""
 
     columns: dict[str, Any]  # what its rows in the table begin with
-    script: str
+    script: str  # a module
     flags: dict[str, Any]
     updates: int
     evaluations: int
@@ -117,8 +117,8 @@ def make(run: Run, runs: Path) -> list[dict]:
             shutil.rmtree(run_dir, ignore_errors=True)  # killed before it began
         # What runs have in common, those that differ only in the seed for instance, is compiled once.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(runs.absolute() / "compiled")}
-        environment = cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | dict(os.environ)
-        command = [sys.executable, str(ROOT / f"{run.script}.py"), *arguments]
+        environment = cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", run.script, *arguments]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if result.returncode != 0:
             raise InputError(f"{run_dir} stopped with exit code {result.returncode}: {result.stderr.strip()[-500:]}")

@@ -1,0 +1,31 @@
+"""muzero_unplugged_bsuite.py with labels of every window: each of its steps has a search and Dirichlet noise of its own, as
+in the authors' code. Takes the script's flags; bsuite_scores.py compares the two."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+
+import muzero_unplugged_bsuite as script
+from muzero_unplugged_bsuite import Labels, Model, Steps, TrainState
+
+shared_labels_update = script.update
+
+
+def label_nothing(state: TrainState, observation: jax.Array, model: Model) -> Labels:
+    """Labels [N] that nobody reads."""
+    return Labels(jnp.zeros(len(observation)), jnp.zeros((len(observation), model.num_actions)))
+
+
+def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
+    """One update on windows [B, T], which are labelled first."""
+    observation = batch.observation.reshape(-1, *batch.observation.shape[2:])
+    labels_key = jax.random.fold_in(jax.random.split(state.key, 3)[2], state.step)
+    new = script.make_labels(state.target_params, labels_key, observation, model)
+    labels = jax.tree.map(lambda x: x.reshape(*batch.action.shape, *x.shape[1:]), new)
+    return shared_labels_update(state, key, batch, labels, model)
+
+
+if __name__ == "__main__":
+    script.label_dataset, script.update = label_nothing, update  # type: ignore[assignment]
+    sys.exit(script.main(script.parse_args()))
