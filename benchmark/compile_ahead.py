@@ -122,7 +122,7 @@ def parse(text: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
 
 
 def count(text: str) -> tuple[float, float, int, int]:
-    """Bytes moved, those of them by convolutions, kernels and all-reduces of a compiled program.
+    """Bytes moved, those of them by convolutions (a TPU's matrix products are some), kernels and all-reduces of a program.
 
     Loops count as often as the compiler knows that they turn, else once.
 
@@ -142,6 +142,12 @@ def count(text: str) -> tuple[float, float, int, int]:
                 saved += max(0, parameter.size - sum(x.size for x in users))
         return max(0.0, total - saved)
 
+    def is_convolution(instruction: Instruction) -> bool:
+        if instruction.kind == "fusion":  # on a TPU what comes before and after a convolution is in one kernel with it
+            called = re.search(r"calls=%?([\w.\-]+)", instruction.attributes)
+            return called is not None and any(x.kind == "convolution" for x in computations[called[1]].values())
+        return instruction.kind == "convolution" or "conv_general_dilated" in instruction.attributes
+
     def of(name: str) -> np.ndarray:
         result = np.zeros(4)
         for instruction in computations[name].values():
@@ -150,9 +156,8 @@ def count(text: str) -> tuple[float, float, int, int]:
                 result += (int(turns[1]) if turns else 1) * of(loop[1])
             elif instruction.kind not in NO_KERNEL and not instruction.kind.endswith("-done"):
                 is_exchange = instruction.kind in ("all-reduce", "all-reduce-start")
-                is_convolution = instruction.kind == "convolution" or "conv_general_dilated" in instruction.attributes
                 size = moved(instruction, computations[name])
-                result += (size, size * (is_convolution and instruction.kind != "fusion"), 1, is_exchange)
+                result += (size, size * is_convolution(instruction), 1, is_exchange)
         return result
 
     bytes_moved, by_convolutions, kernels, all_reduces = of(entry)

@@ -6,15 +6,16 @@ import json
 import subprocess
 import time
 
-import dm_env
+import jax
 import numpy as np
 import pytest
 
 import muzero_unplugged_bsuite
 import rosmo_bsuite
-from benchmark import bsuite_scores, bsuite_studies, convert_atari, studies, throughput
+from benchmark import bsuite_scores, bsuite_studies, convert_atari, model_error, studies, throughput, window_labels
 from benchmark.studies import Run
 from data.dataset import InputError, write_dataset
+from tests import programs
 from tests.programs import small_flags
 
 SCRIPTS = {"rosmo_bsuite": rosmo_bsuite, "muzero_unplugged_bsuite": muzero_unplugged_bsuite}
@@ -147,9 +148,9 @@ def test_a_run_is_made_once_and_a_stopped_one_resumed(monkeypatch, tmp_path):
     for _ in range(2):
         evaluations = studies.make(run, tmp_path)
         assert [(line["step"], line["update_seconds"]) for line in evaluations] == [(10, 2.5), (20, 5.0)]
-    start = [str(studies.ROOT / "rosmo_atari.py"), "--env-id", "Pong", "--cpu-size", "--total-steps", "20"]
+    start = ["-m", "rosmo_atari", "--env-id", "Pong", "--cpu-size", "--total-steps", "20"]
     start += ["--eval-interval", "10", "--run-dir", str(tmp_path / run.name()), "--checkpoint-interval", "10"]
-    assert called == [start, start, [start[0], "--resume", str(tmp_path / run.name())]]
+    assert called == [start, start, [*start[:2], "--resume", str(tmp_path / run.name())]]
 
 
 # --------------------------------------------------------------------------------------------------------- Many runs
@@ -313,52 +314,147 @@ def test_a_level_to_compare_with(monkeypatch, tmp_path, figures):
 # ---------------------------------------------------------------------------------------------------------- Programs
 
 
-def test_scores_of_a_script(monkeypatch, tmp_path, capsys, dataset):
-    played = []
-
-    class OneStep:
-        """Pays its only action."""
-
-        def reset(self):
-            return dm_env.restart(None)
-
-        def step(self, action):
-            played.append(action)
-            return dm_env.termination(float(action), None)
-
-    curves = {0: (0.1, 0.9, 0.5), 1: (0.2, 0.3, 1.0), 2: (0.3, 0.4, 0.89)}
+def test_scores_of_methods(monkeypatch, tmp_path, capsys, dataset, figures):
+    """Two methods on two tasks, three seeds and three evaluations, of which the last two count."""
+    curves = {0: (0.1, 0.9, 0.5), 1: (0.2, 0.3, 1.0), 2: (0.3, 0.4, 0.8)}
+    seconds = {0: 60.0, 1: 120.0, 2: 300.0}  # of the updates between evaluations, by seed
+    made = []
 
     def make(run, folder):
-        assert run[1:] == ("muzero_unplugged_bsuite", {"env-id": "catch", "seed": run.flags["seed"]}, 300, 3)
+        seed, task = run.flags["seed"], run.flags["env-id"]
+        assert folder == tmp_path / "runs" and run[3:] == (300, 3)
+        made.append((run.script, run.flags))
+        gain = 10.0 * (task == "cartpole") + (run.columns["method"] == "filtered cloning")
         return [
-            {
-                "step": 100 * (i + 1),
-                "return_mean": 2 * score,
-                "normalized_score": score,
-                "update_seconds": 10.0 ** (i + seed),
-            }
-            for seed in [run.flags["seed"]]
-            for i, score in enumerate(curves[seed])
+            {"step": 100 * i, "return_mean": 7.0, "normalized_score": score + gain, "update_seconds": i * seconds[seed]}
+            for i, score in enumerate(curves[seed], start=1)
         ]
 
     monkeypatch.setattr(studies, "make", make)
+    monkeypatch.setattr(studies, "BOOTSTRAPS", 50)
     monkeypatch.setattr(bsuite_scores, "record_if_missing", lambda task, noise: dataset)
-    monkeypatch.setattr(bsuite_scores, "default_folder", lambda task, noise: dataset)
-    monkeypatch.setattr(bsuite_scores, "make_environment", lambda task, seed: OneStep())
     args = bsuite_scores.Args(
-        script="muzero_unplugged_bsuite", tasks=("catch",), updates=300, evaluations=3, results=tmp_path
-    )
+        methods=("MuZero Unplugged", "filtered cloning"), tasks=("catch", "cartpole"), updates=300, evaluations=3, last=2,
+        results=tmp_path, runs=tmp_path / "runs", batch_size=128, name="some",
+    )  # fmt: skip
     for _ in range(2):  # made, and read from the table
         bsuite_scores.main(args)
-        line = capsys.readouterr().out.splitlines()[-1]
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        assert cells[0] == "catch" and cells[2] == "0.00"
-        assert len(played) == 100 and set(played) == {0, 1, 2} and cells[1] == f"{np.mean(played):.2f}"
-        played.clear()
-        assert cells[3:] == ["1.59 ± 0.43", "0.500, 1.000, 0.890", "200, 300, never", "1000 s"]
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+        (line,) = (cells for cells in lines if cells[:2] == ["catch", "MuZero Unplugged"])
+        assert line[2:5] == ["0.65 [0.43, 0.88]", "0.70, 0.65, 0.60", "1.00"]
+        assert line[5:] == ["200, 300, never", "2.0, 6.0, never", "0.10 h"]
+        # Means over the last two evaluations: 0.6, 0.65, 0.7 and 10 more; the middle half is 0.65, 0.7, 10.6 and 10.65.
+        iqm = {cells[0]: float(cells[1].split("[")[0]) for cells in lines if len(cells) == 2 and cells[0] in args.methods}
+        assert iqm == {"MuZero Unplugged": pytest.approx(5.65, abs=0.01), "filtered cloning": pytest.approx(6.65, abs=0.01)}
         monkeypatch.setattr(studies, "make", None)
-    rows = read(tmp_path / "bsuite_scores.csv")
-    assert [(row["seed"], row["step"]) for row in rows] == [(s, n) for s in "012" for n in ("100", "200", "300")]
+    flags = {"MuZero Unplugged": {}, "filtered cloning": {"policy-coef": 0.0, "sampling": True}}
+    scripts = {"MuZero Unplugged": "muzero_unplugged_bsuite", "filtered cloning": "rosmo_bsuite"}
+    wanted = [
+        (scripts[method], {"env-id": task, "seed": seed, "batch-size": 128} | flags[method])
+        for seed in range(3)
+        for task in ("catch", "cartpole")
+        for method in flags
+    ]
+    assert made == wanted and len(read(tmp_path / "some.csv")) == 3 * 2 * 2 * 3
+    for figure, xs in ((figures[0], [100, 200, 300]), (figures[1], [160 / 3600, 320 / 3600, 480 / 3600])):
+        panels = {axis.get_title(): axis for axis in figure.axes}
+        assert list(panels) == ["all (IQM, 95 % interval)", "catch", "cartpole"]
+        seeds, mean = panels["catch"].lines[:3], panels["catch"].lines[3]
+        assert [line.get_ydata().tolist() for line in seeds] == [list(curve) for curve in curves.values()]
+        np.testing.assert_allclose(mean.get_xdata(), xs)
+        np.testing.assert_allclose(mean.get_ydata(), np.mean(list(curves.values()), axis=0))
+    assert (tmp_path / "some.png").exists() and (tmp_path / "some_hours.png").exists()
+    # Against hours: from when all have a score, 300 s, to the end of the longest, 900 s; the shorter keep their last one.
+    middle = figures[1].axes[0].lines[0]
+    np.testing.assert_allclose(middle.get_xdata()[[0, -1]], [300 / 3600, 900 / 3600])
+    start = [0.5, 0.3, 0.3, 10.5, 10.3, 10.3]
+    assert middle.get_ydata()[0] == pytest.approx(np.mean(sorted(start)[1:5])) and middle.get_ydata()[-1] > 5
+
+
+def test_the_batch_of_a_run_is_named_if_it_is_not_the_scripts():
+    args = bsuite_scores.Args(methods=("ROSMO",), tasks=("catch",), seeds=(1,))
+    assert bsuite_scores.runs_of(args)[0].flags == {"env-id": "catch", "seed": 1}
+    assert bsuite_scores.BATCH_SIZE == rosmo_bsuite.Args.batch_size == muzero_unplugged_bsuite.Args.batch_size
+
+
+def test_labels_of_every_window(monkeypatch, catch_dataset):
+    """A step that two windows hold has two searches. Without noise and ties they are one, and the update is the script's."""
+    script, flags = muzero_unplugged_bsuite, ["--data-dir", str(catch_dataset), *small_flags(muzero_unplugged_bsuite)]
+    args = script.parse_args([*flags, "--dirichlet-fraction", "0.0"])
+    data, _, meta = script.load_dataset(args)
+    model = script.Model(meta["num_actions"], args)
+    state = script.init_state(data.observation.shape[1:], model)
+    leaves, tree = jax.tree.flatten(state.params)
+    noise = [0.3 * jax.random.normal(jax.random.PRNGKey(i), x.shape) for i, x in enumerate(leaves)]
+    params = jax.tree.unflatten(tree, [x + y for x, y in zip(leaves, noise, strict=True)])
+    state = state._replace(params=params, target_params=params)
+    index = np.arange(5)[:, None] + np.arange(args.unroll_steps + args.bootstrap_steps + 1)
+    batch = jax.tree.map(lambda x: jax.numpy.asarray(x[index]), data)
+    seen = []
+    monkeypatch.setattr(window_labels, "shared_labels_update", lambda *arguments: seen.append(arguments))
+    for key in range(2):
+        new = state._replace(step=jax.numpy.int32(key))
+        window_labels.update(new, jax.random.PRNGKey(0), batch, None, model)
+    every = script.make_labels(params, jax.random.PRNGKey(9), jax.numpy.asarray(data.observation[: index.max() + 1]), model)
+    for _, _, seen_batch, labels, _ in seen:
+        assert seen_batch is batch
+        np.testing.assert_array_equal(labels.policy, every.policy[index])
+        np.testing.assert_allclose(labels.value, every.value[index], rtol=1e-5)
+    noisy = script.Model(meta["num_actions"], dataclasses.replace(args, dirichlet_fraction=0.25, num_simulations=20))
+    window_labels.update(state, jax.random.PRNGKey(0), batch, None, noisy)
+    policy = np.asarray(seen[-1][3].policy)
+    assert (policy[0, 1:] != policy[1, :-1]).any()  # the same steps in the first two windows
+    empty = window_labels.label_nothing(state, data.observation, model)
+    assert empty.value.shape == data.action.shape and empty.policy.shape == (len(data.action), meta["num_actions"])
+
+
+@pytest.mark.parametrize("task", ["catch", "cartpole", "mountain_car"])
+def test_a_real_task_goes_on_from_an_observation(task):
+    """Model errors are measured against the real task, which is put into the state of any observation."""
+    environment, random = muzero_unplugged_bsuite.BSuite(task, seed=1), np.random.default_rng(0)
+    observation, _ = environment.reset()
+    starts, actions, after = [], random.integers(3, size=200), []
+    ended = True
+    for action in actions:
+        if ended:
+            observation, _ = environment.reset()
+        starts.append(observation)
+        observation, reward, ended, _, _ = environment.step(action)
+        after.append((observation, reward, ended))
+    _, rewards, reached, going = model_error.follow(task, np.array(starts), actions[:, None])
+    np.testing.assert_array_equal(rewards, [reward for _, reward, _ in after])
+    np.testing.assert_allclose(reached, [observation for observation, _, _ in after], atol=1e-6)
+    np.testing.assert_array_equal(going, [0 if ended else 1 for _, _, ended in after])
+    *_, going = model_error.follow(task, np.array(starts[-1:]), np.ones((1, 2000), int))
+    assert going.tolist() == [-1]  # no episode has so many steps
+
+
+def test_model_errors(monkeypatch, tmp_path, catch_dataset, capsys, figures):
+    """Of a run that is made: without noise in data and play the errors at depth 0 are the value's own."""
+    monkeypatch.setattr(model_error, "STARTS", 6)
+    monkeypatch.setattr(model_error, "ROLLOUTS", 1)
+    monkeypatch.setattr(model_error, "record_if_missing", lambda *which: None)
+
+    def make(run, folder):
+        assert run.flags == {"env-id": "catch", "seed": 4, "batch-size": 512, "data-fraction": 0.5}
+        flags = ["--data-dir", catch_dataset, *small_flags(muzero_unplugged_bsuite), "--eval-episodes", 0]
+        programs.run(muzero_unplugged_bsuite, ["--run-dir", folder / run.name(), "--total-steps", 3, *flags])
+
+    monkeypatch.setattr(studies, "make", make)
+    args = model_error.Args(tasks=("catch",), fractions=(0.5,), seeds=(4,), runs=tmp_path, results=tmp_path)
+    for _ in range(2):  # measured, and read from the table
+        model_error.main(args)
+        rows = read(tmp_path / "bsuite_model_error.csv")
+        assert [(row["actions"], row["depth"]) for row in rows] == [
+            (actions, str(depth)) for actions in ("observed", "searched") for depth in (0, 1, 2, 4, 8, 16)
+        ]
+        for row in rows:
+            known = [row[name] for name in ("reward_error", "value_error", "value_error_of_the_real_state", "true_value")]
+            assert all(known) if int(row["sequences"]) else not any(known)
+            if row["depth"] == "0":
+                assert row["sequences"] == "6" and row["value_error"] == row["value_error_of_the_real_state"]
+        assert "| catch | 50% | searched | " in capsys.readouterr().out and len(figures[-1].axes) == 2
+        monkeypatch.setattr(studies, "make", None)
 
 
 def test_throughput(monkeypatch, capsys, catch_dataset):
