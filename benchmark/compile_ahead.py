@@ -98,7 +98,7 @@ INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\
 
 
 class Instruction(NamedTuple):
-    size: float  # bytes of its result
+    size: float  # bytes of its result in the main memory
     kind: str
     operands: list[str]  # a parameter's is its number
     attributes: str
@@ -107,15 +107,19 @@ class Instruction(NamedTuple):
 def parse(text: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
     """The name of a compiled program's entry, and the instructions of its computations, by name."""
 
-    def size(shape: str) -> float:
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", re.sub(r"\{.*?\}|/\*.*?\*/", "", shape))
-        return sum(WIDTHS.get(dtype, 8) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays)
+    def size(shape: str, kind: str) -> float:
+        """Of its arrays in the main memory; a TPU marks those in memories on the chip with S(1) and so on."""
+        arrays = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*S\(\d)?", re.sub(r"/\*.*?\*/", "", shape))
+        if kind == "slice-start":  # a part of an array goes to the chip: its result is (the whole, the part, a handle)
+            arrays = [(*arrays[1][:2], "")]
+        numbers = [(dtype, map(int, filter(None, dims.split(",")))) for dtype, dims, on_chip in arrays if not on_chip]
+        return sum(WIDTHS.get(dtype, 8) * math.prod(dims) for dtype, dims in numbers)
 
     entry, computations = "", dict[str, dict[str, Instruction]]()
     for block in re.finditer(r"^(ENTRY )?%?([\w.\-]+) \((.*?)^\}", text, re.M | re.S):
         entry = block[2] if block[1] else entry
         computations[block[2]] = {
-            name: Instruction(size(shape), kind, re.findall(r"[\w.\-]+", operands), attributes)
+            name: Instruction(size(shape, kind), kind, re.findall(r"[\w.\-]+", operands), attributes)
             for name, shape, kind, operands, attributes in INSTRUCTION.findall(block[3])
         }
     return entry, computations
@@ -134,7 +138,9 @@ def count(text: str) -> tuple[float, float, int, int]:
         called = re.search(r"calls=%?([\w.\-]+)", instruction.attributes)
         inside = computations[called[1]] if called and instruction.kind == "fusion" else {}
         updates = [x for x in inside.values() if x.kind == "dynamic-update-slice"]
-        saved = sum(2 * x.size - inside[x.operands[1]].size for x in updates if x.operands[1] in inside)
+        saved = sum(max(0, 2 * x.size - inside[x.operands[1]].size) for x in updates if x.operands[1] in inside)
+        if instruction.kind in ("copy-start", "slice-start"):  # the result names the operand too
+            return instruction.size
         total = instruction.size + sum(others[x].size for x in instruction.operands if x in others)
         for name, parameter in inside.items():
             users = [x for x in inside.values() if name in x.operands] if parameter.kind == "parameter" else []

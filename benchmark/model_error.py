@@ -134,23 +134,24 @@ def measure(run_dir: Path) -> list[dict]:
     model = script.Model(data.meta["num_actions"], args)
     state = script.init_state(data.observation.shape[1:], model)
     state = script.restore(script.open_checkpoints(run_dir, read_only=True), state)
+    params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
     places = np.flatnonzero(~data.is_last[: -max(DEPTHS)])
     starts = np.random.default_rng(0).choice(places, STARTS, replace=False)  # the same for all runs of a task
     observed = np.full((STARTS, len(DEPTHS), max(DEPTHS)), -1)
     for j, depth in enumerate(DEPTHS):
         observed[:, j, :depth] = data.action[starts[:, None] + np.arange(depth)]
-    searched = searched_actions(state.params, state.key, data.observation[starts], model)
+    searched = searched_actions(params, state.key, data.observation[starts], model)
     start = np.repeat(data.observation[starts], len(DEPTHS), axis=0)
     depths, all_rows = np.tile(DEPTHS, STARTS), np.arange(len(start))
     rows = list[dict]()
     for kind, actions in ("observed", observed.reshape(len(start), -1)), ("searched", searched.reshape(len(start), -1)):
-        rewards, values = map(np.asarray, unroll(state.params, start, np.maximum(actions, 0), model))
+        rewards, values = map(np.asarray, unroll(params, start, np.maximum(actions, 0), model))
         plays = list[np.ndarray]()
         for i in range(ROLLOUTS):
             tasks, true_reward, reached, going = follow(args.env_id, start, actions)
-            plays.append(play(state.params, jax.random.fold_in(state.key, i), tasks, reached, going, model))
+            plays.append(play(params, jax.random.fold_in(state.key, i), tasks, reached, going, model))
         true_value = np.mean(plays, axis=0)
-        of_real_state = np.asarray(unroll(state.params, reached, actions[:, :0], model)[1])[:, 0] * going
+        of_real_state = np.asarray(unroll(params, reached, actions[:, :0], model)[1])[:, 0] * going
         for depth in DEPTHS:
             some = (depths == depth) & (going >= 0) & ((actions >= 0).sum(axis=1) == depth)
             errors = {

@@ -59,3 +59,32 @@ def test_counts_of_a_real_program():
     moved, by_convolutions, kernels, _ = count(compiled.as_text())
     assert by_convolutions == 0
     assert 16 * 3 * x.nbytes <= moved <= 16 * 8 * x.nbytes and 16 <= kernels <= 16 * 8
+
+
+TPU_PROGRAM = """HloModule program
+
+%convolve (x: f32[64,8], y: f32[64,8]) -> f32[64,8] {
+  %x = f32[64,8]{1,0:T(8,128)S(1)} parameter(0)
+  %y = f32[64,8]{1,0:T(8,128)} parameter(1)
+  %convolution = f32[64,8]{1,0:T(8,128)} convolution(%x, %y), window={size=1x1}
+  ROOT %sum = f32[64,8]{1,0:T(8,128)} add(%convolution, %y)
+}
+
+ENTRY %main (p: f32[64,8], q: f32[256,8]) -> f32[64,8] {
+  %p = f32[64,8]{1,0:T(8,128)} parameter(0)
+  %q = f32[256,8]{1,0:T(8,128)} parameter(1)
+  %copy-start = (f32[64,8]{1,0:T(8,128)S(1)}, f32[64,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p)
+  %copy-done = f32[64,8]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %s = ((f32[256,8]{1,0:T(8,128)}), f32[16,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%q), slice={[0:16], [0:8]}
+  %slice-done = f32[16,8]{1,0:T(8,128)S(1)} slice-done(%s)
+  %on_chip = f32[64,8]{1,0:T(8,128)S(1)} negate(%copy-done)
+  ROOT %result = f32[64,8]{1,0:T(8,128)} fusion(%on_chip, %p), kind=kOutput, calls=%convolve
+}
+"""
+
+
+def test_counts_of_a_tpu_program():
+    """What lies in memory on the chip moves no bytes; a kernel that convolves and adds is a convolution."""
+    array = 64 * 8 * 4
+    moved, by_convolutions, kernels, _ = count(TPU_PROGRAM)
+    assert (moved, by_convolutions, kernels) == (array + array / 4 + 2 * array, 2 * array, 4)
