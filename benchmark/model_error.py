@@ -134,13 +134,13 @@ def measure(run_dir: Path) -> list[dict]:
     model = script.Model(data.meta["num_actions"], args)
     state = script.init_state(data.observation.shape[1:], model)
     state = script.restore(script.open_checkpoints(run_dir, read_only=True), state)
-    params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
+    params, key = jax.tree.map(lambda x: x.addressable_data(0), (state.params, state.key))
     places = np.flatnonzero(~data.is_last[: -max(DEPTHS)])
     starts = np.random.default_rng(0).choice(places, STARTS, replace=False)  # the same for all runs of a task
     observed = np.full((STARTS, len(DEPTHS), max(DEPTHS)), -1)
     for j, depth in enumerate(DEPTHS):
         observed[:, j, :depth] = data.action[starts[:, None] + np.arange(depth)]
-    searched = searched_actions(params, state.key, data.observation[starts], model)
+    searched = searched_actions(params, key, data.observation[starts], model)
     start = np.repeat(data.observation[starts], len(DEPTHS), axis=0)
     depths, all_rows = np.tile(DEPTHS, STARTS), np.arange(len(start))
     rows = list[dict]()
@@ -149,7 +149,7 @@ def measure(run_dir: Path) -> list[dict]:
         plays = list[np.ndarray]()
         for i in range(ROLLOUTS):
             tasks, true_reward, reached, going = follow(args.env_id, start, actions)
-            plays.append(play(params, jax.random.fold_in(state.key, i), tasks, reached, going, model))
+            plays.append(play(params, jax.random.fold_in(key, i), tasks, reached, going, model))
         true_value = np.mean(plays, axis=0)
         of_real_state = np.asarray(unroll(params, reached, actions[:, :0], model)[1])[:, 0] * going
         for depth in DEPTHS:
