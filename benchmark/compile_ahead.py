@@ -98,7 +98,8 @@ INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\
 
 
 class Instruction(NamedTuple):
-    size: float  # bytes of its result in the main memory
+    whole: float  # bytes of its result
+    size: float  # of these, in the main memory: what is on the chip of a TPU is marked S(1) and so on
     kind: str
     operands: list[str]  # a parameter's is its number
     attributes: str
@@ -107,19 +108,18 @@ class Instruction(NamedTuple):
 def parse(text: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
     """The name of a compiled program's entry, and the instructions of its computations, by name."""
 
-    def size(shape: str, kind: str) -> float:
-        """Of its arrays in the main memory; a TPU marks those in memories on the chip with S(1) and so on."""
+    def sizes(shape: str, kind: str) -> tuple[float, float]:
         arrays = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*S\(\d)?", re.sub(r"/\*.*?\*/", "", shape))
         if kind == "slice-start":  # a part of an array goes to the chip: its result is (the whole, the part, a handle)
             arrays = [(*arrays[1][:2], "")]
-        numbers = [(dtype, map(int, filter(None, dims.split(",")))) for dtype, dims, on_chip in arrays if not on_chip]
-        return sum(WIDTHS.get(dtype, 8) * math.prod(dims) for dtype, dims in numbers)
+        size = [WIDTHS.get(dtype, 8) * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims, _ in arrays]
+        return sum(size), sum(x for x, (_, _, on_chip) in zip(size, arrays, strict=True) if not on_chip)
 
     entry, computations = "", dict[str, dict[str, Instruction]]()
     for block in re.finditer(r"^(ENTRY )?%?([\w.\-]+) \((.*?)^\}", text, re.M | re.S):
         entry = block[2] if block[1] else entry
         computations[block[2]] = {
-            name: Instruction(size(shape, kind), kind, re.findall(r"[\w.\-]+", operands), attributes)
+            name: Instruction(*sizes(shape, kind), kind, re.findall(r"[\w.\-]+", operands), attributes)
             for name, shape, kind, operands, attributes in INSTRUCTION.findall(block[3])
         }
     return entry, computations
@@ -138,14 +138,14 @@ def count(text: str) -> tuple[float, float, int, int]:
         called = re.search(r"calls=%?([\w.\-]+)", instruction.attributes)
         inside = computations[called[1]] if called and instruction.kind == "fusion" else {}
         updates = [x for x in inside.values() if x.kind == "dynamic-update-slice"]
-        saved = sum(max(0, 2 * x.size - inside[x.operands[1]].size) for x in updates if x.operands[1] in inside)
+        saved = sum(max(0, 2 * x.size - inside[x.operands[1]].whole) for x in updates if x.operands[1] in inside)
         if instruction.kind in ("copy-start", "slice-start"):  # the result names the operand too
             return instruction.size
         total = instruction.size + sum(others[x].size for x in instruction.operands if x in others)
         for name, parameter in inside.items():
             users = [x for x in inside.values() if name in x.operands] if parameter.kind == "parameter" else []
             if users and all(x.kind in ("gather", "dynamic-slice", "slice") and x.operands[0] == name for x in users):
-                saved += max(0, parameter.size - sum(x.size for x in users))
+                saved += max(0, parameter.size - sum(x.whole for x in users))
         return max(0.0, total - saved)
 
     def is_convolution(instruction: Instruction) -> bool:
@@ -154,12 +154,20 @@ def count(text: str) -> tuple[float, float, int, int]:
             return called is not None and any(x.kind == "convolution" for x in computations[called[1]].values())
         return instruction.kind == "convolution" or "conv_general_dilated" in instruction.attributes
 
+    def turns(loop: Instruction) -> int:
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+        inside = list(computations.get(condition[1], {}).values()) if condition else []
+        bounds = [int(x.operands[0]) for x in inside if x.kind == "constant" and x.operands and x.operands[0].isdigit()]
+        counts = any(x.kind == "compare" and "direction=LT" in x.attributes for x in inside)
+        return bounds[0] if counts and len(bounds) == 1 else 1  # a TPU's program says no more than i < 20
+
     def of(name: str) -> np.ndarray:
         result = np.zeros(4)
         for instruction in computations[name].values():
             if loop := re.search(r"body=%?([\w.\-]+)", instruction.attributes):
-                turns = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes)
-                result += (int(turns[1]) if turns else 1) * of(loop[1])
+                result += turns(instruction) * of(loop[1])
             elif instruction.kind not in NO_KERNEL and not instruction.kind.endswith("-done"):
                 is_exchange = instruction.kind in ("all-reduce", "all-reduce-start")
                 size = moved(instruction, computations[name])

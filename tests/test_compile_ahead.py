@@ -70,6 +70,17 @@ TPU_PROGRAM = """HloModule program
   ROOT %sum = f32[64,8]{1,0:T(8,128)} add(%convolution, %y)
 }
 
+%below_20 (i: s32[]) -> pred[] {
+  %i = s32[]{:T(128)} parameter(0)
+  %end = s32[]{:T(128)} constant(20)
+  ROOT %is_below = pred[]{:T(512)} compare(%i, %end), direction=LT
+}
+
+%next (i: s32[]) -> s32[] {
+  %i = s32[]{:T(128)S(6)} parameter(0)
+  ROOT %after = s32[]{:T(128)S(6)} negate(%i)
+}
+
 ENTRY %main (p: f32[64,8], q: f32[256,8]) -> f32[64,8] {
   %p = f32[64,8]{1,0:T(8,128)} parameter(0)
   %q = f32[256,8]{1,0:T(8,128)} parameter(1)
@@ -77,6 +88,8 @@ ENTRY %main (p: f32[64,8], q: f32[256,8]) -> f32[64,8] {
   %copy-done = f32[64,8]{1,0:T(8,128)S(1)} copy-done(%copy-start)
   %s = ((f32[256,8]{1,0:T(8,128)}), f32[16,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%q), slice={[0:16], [0:8]}
   %slice-done = f32[16,8]{1,0:T(8,128)S(1)} slice-done(%s)
+  %zero = s32[]{:T(128)S(6)} constant(0)
+  %loop = s32[]{:T(128)S(6)} while(%zero), condition=%below_20, body=%next
   %on_chip = f32[64,8]{1,0:T(8,128)S(1)} negate(%copy-done)
   ROOT %result = f32[64,8]{1,0:T(8,128)} fusion(%on_chip, %p), kind=kOutput, calls=%convolve
 }
@@ -87,4 +100,4 @@ def test_counts_of_a_tpu_program():
     """What lies in memory on the chip moves no bytes; a kernel that convolves and adds is a convolution."""
     array = 64 * 8 * 4
     moved, by_convolutions, kernels, _ = count(TPU_PROGRAM)
-    assert (moved, by_convolutions, kernels) == (array + array / 4 + 2 * array, 2 * array, 4)
+    assert (moved, by_convolutions, kernels) == (array + array / 4 + 2 * array, 2 * array, 4 + 20)
