@@ -482,7 +482,7 @@ def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction
         return Search(result.action, result.action_weights, result.search_tree.summary().value)
     batch, num_actions = prediction.policy_logits.shape
     index, actions, trees = np.arange(args.num_simulations + 1)[:, None], np.arange(num_actions)[:, None], np.arange(batch)
-    bits = jnp.where(index // 24 == index[::24].T // 24, 1 << index % 24, 0).at[0].set(0)[..., None]  # [M, M / 24, 1]
+    bits = jnp.where(index // 24 == index[::24].T // 24, 1 << index % 24, 0)[..., None]  # [M, M / 24, 1]
     action_key, noise_key, order_key = jax.random.split(key, 3)
     noise = jax.random.dirichlet(noise_key, jnp.full(num_actions, 0.3), (batch,))
     prior = (1 - args.dirichlet_fraction) * jax.nn.softmax(prediction.policy_logits) + args.dirichlet_fraction * noise

@@ -4,7 +4,7 @@
     python -m benchmark.bsuite_scores --methods ROSMO --tasks catch --seeds 0 --updates 5000 --evaluations 5 --name short
     python -m benchmark.bsuite_scores --name bsuite_labels --methods "MuZero Unplugged" "labels of every window" \
         --tasks catch mountain_car --batch-size 128 --updates 30000 --evaluations 30 --last 30
-    python -m benchmark.bsuite_scores --results DIR              # with an empty DIR: makes every run anew
+    python -m benchmark.bsuite_scores --results DIR --runs DIR2  # both empty: makes every run anew
 
 Writes benchmark/results/NAME.csv, one line per evaluation, and prints a table. NAME.png has the curves against updates,
 NAME_hours.png against the time of training; the interquartile mean over tasks and seeds has 95 % stratified bootstrap
@@ -75,14 +75,15 @@ def summary(runs: Sequence[list[dict]], last: int) -> list[str]:
     ends = np.array([[row["normalized_score"] for row in run[-last:]] for run in runs])
     low, high = np.quantile(ends, (0.25, 0.75))
     solved = [[row for row in run if row["normalized_score"] >= 0.9] for run in runs]
-    hours = [run[-1]["update_seconds"] / 3600 for run in runs]
+    timed = all(row["update_seconds"] is not None for run in runs for row in run)  # older tables are not
+    hours = [run[-1]["update_seconds"] / 3600 for run in runs] if timed else []
     return [
         f"{ends.mean():.2f} [{low:.2f}, {high:.2f}]",
         ", ".join(f"{end.mean():.2f}" for end in ends),
         f"{max(row['normalized_score'] for run in runs for row in run):.2f}",
         ", ".join(f"{found[0]['step']:,}" if found else "never" for found in solved),
-        ", ".join(f"{found[0]['update_seconds'] / 60:.1f}" if found else "never" for found in solved),
-        f"{np.median(hours):.2f} h",
+        ", ".join(f"{found[0]['update_seconds'] / 60:.1f}" if found else "never" for found in solved) if timed else "",
+        f"{np.median(hours):.2f} h" if timed else "",
     ]
 
 
@@ -106,7 +107,7 @@ def draw(rows: list[dict], tasks: Sequence[str], path: Path, hours: bool) -> Non
             places = np.geomspace(max(x[0] for x in xs.values()), max(x[-1] for x in xs.values()), 30)
         last = {key: scores[key][np.searchsorted(xs[key], places, "right") - 1] for key in runs}
         at = np.array([[last[task, seed] for task in tasks] for seed in seeds])  # [seeds, tasks, places]
-        estimates = studies.interval_estimates({str(place): at[:, :, j] for j, place in enumerate(places)})
+        estimates = studies.interval_estimates({str(j): at[:, :, j] for j in range(len(places))})
         middle, low, high = np.array(list(estimates.values())).T
         axes[0].plot(places, middle, color=f"C{i}", linewidth=2, label=method)
         axes[0].fill_between(places, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
@@ -130,7 +131,13 @@ def main(args: Args) -> None:
     if args.part is not None:
         return
     print(f"{args.updates:,} updates, batch {args.batch_size}, seeds {', '.join(map(str, args.seeds))}\n")
-    head = ["task", "method", f"last {args.last} evaluations: mean [quartiles]", "mean of each seed", "best evaluation"]
+    head = [
+        "task",
+        "method",
+        f"last {min(args.last, args.evaluations)} evaluations: mean [quartiles]",
+        "mean of each seed",
+        "best evaluation",
+    ]
     head += ["updates to a score of 0.9", "minutes to it", "all updates"]
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     for task in args.tasks:
@@ -143,7 +150,8 @@ def main(args: Args) -> None:
         middle, low, high = studies.interval_estimates({method: scores})[method]
         print(f"| {method} | {middle:.2f} [{low:.2f}, {high:.2f}] |")
     draw(rows, args.tasks, table.with_suffix(".png"), hours=False)
-    draw(rows, args.tasks, table.with_name(f"{args.name}_hours.png"), hours=True)
+    if all(row["update_seconds"] is not None for row in rows):
+        draw(rows, args.tasks, table.with_name(f"{args.name}_hours.png"), hours=True)
 
 
 if __name__ == "__main__":

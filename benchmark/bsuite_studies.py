@@ -6,7 +6,7 @@
     python -m benchmark.bsuite_studies noise                 # stochastic tasks
     python -m benchmark.bsuite_studies capacity              # width of the dynamics network
     python -m benchmark.bsuite_studies coverage --workers 8  # eight runs side by side
-    python -m benchmark.bsuite_studies budget --results DIR  # with an empty DIR: makes every run anew
+    python -m benchmark.bsuite_studies budget --results DIR --runs DIR2    # both empty: makes every run anew
     sbatch benchmark/studies.slurm bsuite_studies coverage   # on a cluster; afterwards call it once more as above
 
 Each writes benchmark/results/bsuite_STUDY.csv, one line per evaluation, and draws bsuite_STUDY.png from it: the

@@ -2,12 +2,13 @@
 
     python -m benchmark.model_error
 
-MuZero Unplugged after 50,000 updates at batch 512 on 5 % and on all of the episodes. From steps of the dataset its model
-follows the data's own actions, and those of the most visited node of each depth in a search. The real task makes the same
-steps from the same state. The true value of a state is the mean discounted return of the agent, which goes on from there
-in the real task. Sequences that pass an episode's end are left out.
+MuZero Unplugged after 50,000 updates at batch 512 on 5 % and on all of the episodes. Start states are steps of the whole
+dataset, the same for both. From each the model is unrolled along the data's own actions, and along the actions to the most
+visited node of each depth of a search. The real task is put into the same state and takes the same actions; where an episode
+ends on the way, the sequence is left out. The true value of where it has led is the mean discounted return of the agent,
+playing on from there. (The value head learns n-step returns of the data's actions, which is not quite the same.)
 
-Writes benchmark/results/bsuite_model_error.csv, mean absolute errors for each run, kind of actions and depth, and draws
+Writes benchmark/results/bsuite_model_error.csv, root mean square errors for each run, kind of actions and depth, and draws
 them. Runs that the table has are not made again; those in --runs are read.
 """
 
@@ -33,8 +34,8 @@ from data.dataset import open_dataset, run_program
 from data.record_bsuite import record_if_missing
 
 DEPTHS = (0, 1, 2, 4, 8, 16)
-STARTS, ROLLOUTS = 64, 4  # states to start from, and plays of the agent from where a sequence has led
-HORIZON = 600  # steps of a play; the discount of later ones is below 0.001
+STARTS, PLAYS = 64, 8  # states to start from, and plays of the agent from where a sequence has led
+FEWEST = 10  # sequences of all seeds together for which an error is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Args:
     tasks: tuple[str, ...] = ("catch", "cartpole", "mountain_car")
     fractions: tuple[float, ...] = (0.05, 1.0)  # of the episodes
     seeds: tuple[int, ...] = (0, 1, 2)
-    runs: Path = Path("runs/bsuite_studies")  # where the runs are kept, with those of the studies
+    runs: Path = Path("runs/bsuite_studies")  # where the runs are kept
     results: Path = studies.ROOT / "benchmark" / "results"  # where table and figure go; what is there is not measured again
 
 
@@ -53,7 +54,7 @@ def set_state(task: Any, observation: np.ndarray) -> None:
         (task._ball_y, task._ball_x), (_, task._paddle_x) = np.argwhere(observation)  # the ball is above the paddle
     elif hasattr(task, "_cartpole_config"):
         x, x_dot, sin, cos, theta_dot, time = observation[0].astype(float) * (3, 3, 1, 1, 1, 10)
-        task._state = cartpole.CartpoleState(x, x_dot, np.arctan2(sin, cos), theta_dot, time)
+        task._state = cartpole.CartpoleState(x, x_dot, np.arctan2(sin, cos), theta_dot, round(time, 2))
     else:
         task._position, task._velocity = observation[0, :2].astype(float)
         task._timestep = round(float(observation[0, 2]) * 1000)
@@ -73,9 +74,7 @@ def searched_actions(params: Any, key: jax.Array, observation: np.ndarray, model
     for i in range(len(observation)):
         paths = list[list[int]]([[]])
         for node in range(1, args.num_simulations + 1):
-            parent = tree.parents[i, node]
-            exists = tree.node_visits[i, node] > 0
-            paths.append([*paths[parent], int(tree.action_from_parent[i, node])] if exists else [-1] * 99)
+            paths.append([*paths[tree.parents[i, node]], int(tree.action_from_parent[i, node])])
         for j, depth in enumerate(DEPTHS[1:], start=1):
             if nodes := [node for node, path in enumerate(paths) if len(path) == depth]:
                 best = max(nodes, key=lambda node: tree.node_visits[i, node])
@@ -106,9 +105,10 @@ def play(
 ) -> np.ndarray:
     """Discounted returns [N] of the agent in the tasks, which are at observations [N, rows, columns]."""
     observation, alive, returns = np.array(start), going == 1, np.zeros(len(tasks))
-    for step in range(HORIZON):
-        if alive.any():
-            action = np.asarray(script.act(params, jax.random.fold_in(key, step), observation, model))
+    for step in itertools.count():
+        if not alive.any():
+            break
+        action = np.asarray(script.act(params, jax.random.fold_in(key, step), observation, model))
         for i in np.flatnonzero(alive):
             timestep = tasks[i].step(int(action[i]))
             returns[i] += model.args.discount**step * timestep.reward
@@ -147,42 +147,54 @@ def measure(run_dir: Path) -> list[dict]:
     for kind, actions in ("observed", observed.reshape(len(start), -1)), ("searched", searched.reshape(len(start), -1)):
         rewards, values = map(np.asarray, unroll(params, start, np.maximum(actions, 0), model))
         plays = list[np.ndarray]()
-        for i in range(ROLLOUTS):
+        for i in range(PLAYS):
             tasks, true_reward, reached, going = follow(args.env_id, start, actions)
             plays.append(play(params, jax.random.fold_in(key, i), tasks, reached, going, model))
-        true_value = np.mean(plays, axis=0)
-        of_real_state = np.asarray(unroll(params, reached, actions[:, :0], model)[1])[:, 0] * going
+        # (value - one half's mean) (value - the other's) has the mean of the squared error, without the spread of the plays.
+        one, other = np.mean(plays[::2], axis=0), np.mean(plays[1::2], axis=0)
+        value = values[all_rows, depths]
+        of_real_state = np.asarray(unroll(params, reached, actions[:, :0], model)[1])[:, 0]
+        squares = {
+            "reward_error": (rewards[all_rows, depths] - true_reward) ** 2,
+            "value_error": (value - one) * (value - other),
+            "value_error_of_the_real_state": (of_real_state - one) * (of_real_state - other),
+        }
         for depth in DEPTHS:
             some = (depths == depth) & (going >= 0) & ((actions >= 0).sum(axis=1) == depth)
-            errors = {
-                "reward_error": rewards[all_rows, depths] - true_reward,
-                "value_error": values[all_rows, depths] - true_value,
-                "value_error_of_the_real_state": of_real_state - true_value,
-                "true_value": true_value,
-            }
-            means = {name: float(np.abs(x[some]).mean()) if some.any() else None for name, x in errors.items()}
-            rows.append({"actions": kind, "depth": depth, "sequences": int(some.sum())} | means)
+            row = {"actions": kind, "depth": depth, "sequences": int(some.sum())}
+            for name, x in squares.items():
+                known = some.any() and (depth or name != "reward_error")  # no reward leads to where a sequence begins
+                row[name] = float(np.sqrt(max(0, x[some].mean()))) if known else None
+            row["true_value"] = float(np.mean(plays, axis=0)[some].mean()) if some.any() else None
+            rows.append(row)
     return rows
 
 
 def errors_of(rows: list[dict], task: str, fraction: float, actions: str, name: str) -> dict[int, list[float]]:
-    """The seeds' errors of one kind by depth, where there are any."""
-    mine = [row for row in rows if (row["task"], float(row["fraction"]), row["actions"]) == (task, fraction, actions)]
-    errors = {
-        depth: [float(row[name]) for row in mine if int(row["depth"]) == depth and row[name] != ""] for depth in DEPTHS
-    }
-    return {depth: some for depth, some in errors.items() if some and (depth or name != "reward_error")}
+    """The seeds' errors of one kind by depth, where there are enough."""
+    some = [row for row in rows if (row["task"], float(row["fraction"]), row["actions"]) == (task, fraction, actions)]
+    errors = dict[int, list[float]]()
+    for depth in DEPTHS:
+        mine = [row for row in some if int(row["depth"]) == depth and row[name] != ""]
+        if sum(int(row["sequences"]) for row in mine) >= FEWEST:
+            errors[depth] = [float(row[name]) for row in mine]
+    return errors
 
 
 def draw(rows: list[dict], args: Args, path: Path) -> None:
-    """A row of panels for each task: errors of rewards and values against depth, mean and range of the seeds."""
-    panels = {"reward_error": "error of the reward", "value_error": "error of the value"}
-    figure, axes = plt.subplots(len(args.tasks), 2, figsize=(9, 3 * len(args.tasks)), layout="constrained", squeeze=False)
+    """A row of panels for each task: root mean square errors against depth, mean and range of the seeds."""
+    panels = {
+        "reward_error": "reward of the model",
+        "value_error": "value of the model's state",
+        "value_error_of_the_real_state": "value of the real state there",
+    }
+    figure, axes = plt.subplots(len(args.tasks), 3, figsize=(12, 3 * len(args.tasks)), layout="constrained", squeeze=False)
     for line, task in zip(axes, args.tasks, strict=True):
         for axis, (name, title) in zip(line, panels.items(), strict=True):
             for i, fraction in enumerate(args.fractions):
                 for actions, style in ("observed", "--"), ("searched", "-"):
-                    depths, errors = zip(*errors_of(rows, task, fraction, actions, name).items(), strict=True)
+                    found = errors_of(rows, task, fraction, actions, name)
+                    depths, errors = list(found), list(found.values())
                     label = f"{actions} actions, {fraction:.0%} of the data"
                     axis.plot(depths, list(map(np.mean, errors)), style, color=f"C{i}", marker="o", label=label)
                     low, high = list(map(min, errors)), list(map(max, errors))
@@ -199,6 +211,7 @@ def draw(rows: list[dict], args: Args, path: Path) -> None:
 
 def main(args: Args) -> None:
     table = args.results / "bsuite_model_error.csv"
+    args.results.mkdir(parents=True, exist_ok=True)
     rows = list[dict]()
     if table.exists():
         with table.open(newline="") as file:
@@ -217,11 +230,12 @@ def main(args: Args) -> None:
             writer.writeheader()
             writer.writerows(rows)
         table.with_suffix(".new").rename(table)
+    rows = [row for row in rows if int(row["seed"]) in args.seeds]
     draw(rows, args, table.with_suffix(".png"))
     print(f"| task | data | actions |{''.join(f' depth {depth} |' for depth in DEPTHS)}\n|{' --- |' * (3 + len(DEPTHS))}")
     for task, fraction, actions in itertools.product(args.tasks, args.fractions, ("observed", "searched")):
-        errors = errors_of(rows, task, fraction, actions, "value_error")
-        cells = (f"{np.mean(errors[depth]):.2f}" if depth in errors else "" for depth in DEPTHS)
+        kinds = [errors_of(rows, task, fraction, actions, f"value_error{of}") for of in ("", "_of_the_real_state")]
+        cells = (" / ".join(f"{np.mean(x[depth]):.2f}" for x in kinds) if depth in kinds[0] else "" for depth in DEPTHS)
         print(f"| {task} | {fraction:.0%} | {actions} | {' | '.join(cells)} |")
 
 

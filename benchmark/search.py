@@ -25,12 +25,12 @@ CASES = [  # roots, simulations, depth, actions
 ROUNDS, SECONDS = 7, 0.5  # SECONDS: at least, of each timing
 
 
-def random_network(num_actions: int, num_roots: int, **settings: Any) -> tuple[Any, ...]:
-    """(model, params, state, prediction): a model whose heads say something, and roots."""
+def random_network(num_actions: int, num_roots: int, scale: float = 0.3, **settings: Any) -> tuple[Any, ...]:
+    """(model, params, state, prediction): a model with noise of this scale on its parameters, and roots."""
     model, key = mzu.Model(num_actions, mzu.Args(**settings)), jax.random.PRNGKey(0)
     leaves, tree = jax.tree.flatten(mzu.init_state((10, 5), model).params)
     keys = jax.random.split(key, len(leaves))
-    leaves = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    leaves = [x + scale * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
     params = jax.device_put(jax.tree.unflatten(tree, leaves), jax.devices()[0])
     net = model.bind(params)
     state = net.representation(jax.random.normal(key, (num_roots, 10, 5)))
@@ -83,7 +83,7 @@ def main() -> None:
     print("|", *(f"{x} |" for x in head))
     print("|", *("--- |" for _ in head))
     for num_roots, num_simulations, depth, num_actions in CASES:
-        settings = {"num_simulations": num_simulations, "search_depth": depth}
+        settings: dict[str, Any] = {"num_simulations": num_simulations, "search_depth": depth}
         model, *arguments = random_network(num_actions, num_roots, **settings)
         arguments.insert(1, jax.random.PRNGKey(1))
         functions = [jax.jit(function, static_argnames="model") for function in (search_by_mctx, mzu.search, model_alone)]

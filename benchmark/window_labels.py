@@ -28,4 +28,5 @@ def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, mode
 
 if __name__ == "__main__":
     script.label_dataset, script.update = label_nothing, update  # type: ignore[assignment]
+    script.__file__ = __file__  # its runs are resumed by this program
     sys.exit(script.main(script.parse_args()))

@@ -389,8 +389,8 @@ def test_noise_of_the_root():
 
 
 def both_searches(num_actions: int, num_roots: int, **settings: Any) -> tuple[Any, Any]:
-    """The script's and mctx's, of the same roots, model and key."""
-    model, params, state, prediction = random_network(num_actions, num_roots, **settings)
+    """The script's and mctx's, of the same roots, model and key. The model's values are of both signs and around 1."""
+    model, params, state, prediction = random_network(num_actions, num_roots, scale=0.1, **settings)
     arguments = (params, KEY, state, prediction)
     ours, theirs = (jax.jit(functools.partial(f, model=model))(*arguments) for f in (mzu.search, search_by_mctx))
     return jax.tree.map(np.asarray, ours), jax.tree.map(np.asarray, theirs)
