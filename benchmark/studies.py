@@ -117,7 +117,9 @@ def make(run: Run, runs: Path) -> list[dict]:
             shutil.rmtree(run_dir, ignore_errors=True)  # killed before it began
         # What runs have in common, those that differ only in the seed for instance, is compiled once.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(runs.absolute() / "compiled")}
-        environment = cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | os.environ | {"PYTHONPATH": str(ROOT)}
+        cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = cache | os.environ | {"PYTHONPATH": path}
         command = [sys.executable, "-m", run.script, *arguments]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if result.returncode != 0:
