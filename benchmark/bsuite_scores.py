@@ -117,6 +117,7 @@ def draw(rows: list[dict], tasks: Sequence[str], path: Path, hours: bool) -> Non
         axis.set_xscale("log" if hours else "linear")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("normalised score")
+    axes[0].set_ylim(-0.25, 1.1)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
     figure.savefig(path, dpi=120)
     plt.close(figure)
