@@ -224,7 +224,7 @@ def recordings(draw):
     tail = draw(st.sampled_from([(2,), (2,), (2,), (2, 3), (84, 84), (), (0,)]))
     kinds = ("f4", "f8", "i8", "u1") * 3 + ("?", "f2", ">f4", "u8", "c8", "U1")
     episodes = []
-    for n in draw(st.lists(st.integers(1, 3), min_size=1, max_size=4)):
+    for n in draw(st.lists(st.integers(1, 3), min_size=2, max_size=4)):
         actions = hnp.arrays(st.sampled_from(("i8", "i4", "u1")), n, elements=st.integers(0, 2))
         episode = {
             "observation": arrays([(n + 1, *tail)] * 5 + [(n, *tail)], kinds),
@@ -272,7 +272,7 @@ def test_what_is_written_can_be_opened(tmp_path):
         seen.append(len(kept))
 
     check()
-    assert len(seen) >= 20 and max(seen) > 1
+    assert len(seen) >= 10 and max(seen) > 1
 
 
 def test_no_episode(tmp_path):
