@@ -887,7 +887,7 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState:
         return checkpoints.restore(step, args=ocp.args.StandardRestore(like))
     except Exception as error:  # Orbax raises many kinds, also a bare one, and its threads more
         sys.unraisablehook = lambda _: None
-        reason = str(error.__cause__ or error).strip().split("\n")[0].split(" [source")[0][:300]
+        reason = str(error.__cause__ or error).strip().split("\n")[0].split(" [tensorstore")[0][:600]
         others = "".join(f"; before it there is {checkpoints.directory}/{step}" for step in before)
         raise InputError(f"the checkpoint {checkpoints.directory}/{step} cannot be read ({reason}){others}") from None
 

@@ -216,17 +216,10 @@ def main(options: Args) -> None:
                 flops = operations(script, model, state) / len(devices)
                 moved, by_convolutions, kernels, all_reduces = count(compiled.as_text())
                 temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
-                row = [
-                    target.name,
-                    name,
-                    dtype,
-                    f"{temporaries:.2f} GiB",
-                    f"{flops / 1e12:.2f} TFLOP",
-                    f"{moved / 1e9:.1f} GB",
-                ]
-                row += [f"{by_convolutions / 1e9:.1f} GB", f"{kernels:,}", str(all_reduces)]
-                row += [f"{moved / target.bandwidth * 1e3:.1f} ms"]
-                print("|", *(f"{x} |" for x in row), f"{flops / target.speed[dtype] * 1e3:.1f} ms |", flush=True)
+                cells: list[str] = [target.name, name, dtype, f"{temporaries:.2f} GiB", f"{flops / 1e12:.2f} TFLOP"]
+                cells += [f"{moved / 1e9:.1f} GB", f"{by_convolutions / 1e9:.1f} GB", f"{kernels:,}", str(all_reduces)]
+                cells += [f"{moved / target.bandwidth * 1e3:.1f} ms", f"{flops / target.speed[dtype] * 1e3:.1f} ms"]
+                print("|", *(f"{x} |" for x in cells), flush=True)
                 print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 

@@ -504,6 +504,7 @@ def test_errors_are_one_sentence_and_exit_code_2(catch_dataset, bsuite_run, tmp_
     ):
         out, err = program(rosmo_bsuite, *arguments, cwd=tmp_path).communicate(timeout=200)
         assert out == "" and err.startswith("error: ") and sentence in err and err.count("\n") == 1, err
+        assert "tensorstore" not in err  # its specification takes pages
     for environment, arguments, sentence in (
         ({}, ["--eval-only"], "--eval-only needs --resume RUN_DIR, and --eval-episodes above 0"),
         ({"JAX_PLATFORMS": "cuda"}, ["--data-dir", catch_dataset], "JAX has no device for JAX_PLATFORMS=cuda"),
