@@ -10,12 +10,13 @@
     sbatch benchmark/studies.slurm bsuite_studies coverage   # on a cluster; afterwards call it once more as above
 
 Each writes benchmark/results/bsuite_STUDY.csv, one line per evaluation, and draws bsuite_STUDY.png from it: the
-interquartile mean over runs and tasks with 95 % stratified bootstrap intervals (Agarwal et al. 2021). A run's score is
-the mean of the evaluations in its second half. A stopped study goes on where it was, and studies share the runs that they
-have in common: those that are whole in a table of --results or in runs/bsuite_studies/ are read, others made or resumed.
+interquartile mean over runs and tasks with 95 % stratified bootstrap intervals (Agarwal et al. 2021). It prints the same
+for all tasks and for each. A run's score is the mean of the evaluations in its second half. A stopped study goes on where
+it was, and studies share the runs that they have in common: those that are whole in a table of --results or in
+runs/bsuite_studies/ are read, others made or resumed.
 
-Runs are as long as a few hours of two cores allow. With little data and few updates a search has learnt nothing on
-cartpole yet, where an update costs ten times what it does on catch: only the study of coverage has that task.
+Only the study of coverage has the paper's batch and cartpole, where an update of a search costs several times what it does
+on catch: its runs take many hours. The others are as long as a few hours of two cores allow.
 """
 
 from dataclasses import dataclass
@@ -44,13 +45,14 @@ class Study(NamedTuple):
     common: tuple[tuple[str, Any], ...] = ()  # more flags of the methods
     updates: tuple[tuple[str, int], ...] = (("catch", 30_000), ("mountain_car", 10_000))  # of a run, by task
     evaluations: int = 10  # of a run
+    batch_size: int = 128  # windows per update
 
 
 STUDIES = {
     "coverage": Study(
-        "fraction of the episodes", "data-fraction", FRACTION, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+        "fraction of the episodes", "data-fraction", FRACTION, (0.01, 0.05, 0.2, 0.5, 1.0),
         methods=("ROSMO", "one-step, no regularisation", "MuZero Unplugged"),
-        updates=(("catch", 10_000), ("cartpole", 6_000), ("mountain_car", 6_000)), evaluations=5,
+        updates=(("catch", 50_000), ("cartpole", 50_000), ("mountain_car", 50_000)), evaluations=20, batch_size=512,
     ),
     "budget": Study(
         "simulations per search", "num-simulations", 20, (2, 4, 8, 16, 32),
@@ -70,7 +72,7 @@ class Args(studies.Args):
     study: tyro.conf.Positional[Literal["coverage", "budget", "depth", "noise", "capacity"]]  # which one
     tasks: tuple[str, ...] = ()  # tasks to train on; without it the study's own
     updates: int = 0  # of each run; 0 for the study's own
-    batch_size: int = 128  # windows per update; the paper's is 512
+    batch_size: int = 0  # windows per update; 0 for the study's own, the paper's is 512
     evaluations: int = 0  # of each run; 0 for the study's own
     workers: int = 2  # runs side by side on this machine, each on cores of its own
     runs: Path = Path("runs/bsuite_studies")  # where the runs are kept
@@ -88,7 +90,8 @@ def run_of(args: Args, setting: Setting, task: str, seed: int) -> Run:
     """The run of one setting on one task. Raises InputError if nothing says how long it is."""
     study = STUDIES[args.study]
     columns = {"study": args.study, "method": setting.method, "x": setting.x, "task": task, "seed": seed}
-    flags = {"env-id": task, "seed": seed, "batch-size": args.batch_size, "data-fraction": FRACTION} | setting.flags
+    flags = {"env-id": task, "seed": seed, "batch-size": args.batch_size or study.batch_size}
+    flags |= {"data-fraction": FRACTION} | setting.flags
     updates = args.updates or dict(study.updates).get(task)
     if updates is None:
         raise InputError(f"--updates is needed for {task}, which {args.study} does not have by default")
@@ -102,11 +105,13 @@ def main(args: Args) -> None:
     table = args.results / f"bsuite_{args.study}.csv"
     rows = studies.make_all(runs, args, table, record_if_missing)
     if args.part is None:
-        print(f"| {study.label} | {' | '.join(f'{x:g}' for x in study.xs)} |\n| --- |{' --- |' * len(study.xs)}")
-        for method, estimates in studies.draw(rows, tasks, study.label, table.with_suffix(".png")).items():
+        drawn = studies.draw(rows, tasks, study.label, table.with_suffix(".png"))
+        head = ["task", study.label, *(f"{x:g}" for x in study.xs)]
+        print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+        for (task, method), estimates in drawn.items():
             cells = (f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in estimates)
-            print(f"| {method} | {' | '.join(cells)} |")
-        print(f"\n{table} and its figure: {len(args.seeds)} seeds, batch {args.batch_size}")
+            print(f"| {task} | {method} | {' | '.join(cells)} |")
+        print(f"\n{table} and its figure: {len(args.seeds)} seeds, batch {args.batch_size or study.batch_size}")
 
 
 if __name__ == "__main__":

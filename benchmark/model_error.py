@@ -221,7 +221,7 @@ def main(args: Args) -> None:
     for task, fraction, seed in tqdm([key for key in wanted if key not in done], unit="model", disable=None):
         record_if_missing(task, 0.0)
         flags = {"env-id": task, "seed": seed, "batch-size": 512, "data-fraction": fraction}
-        run = studies.Run({}, script.__name__, flags, updates=50_000, evaluations=10)
+        run = studies.Run({}, script.__name__, flags, updates=50_000, evaluations=20)
         studies.make(run, args.runs)
         new = [{"task": task, "fraction": fraction, "seed": seed} | row for row in measure(args.runs / run.name())]
         rows += [row | {name: "" for name, value in row.items() if value is None} for row in new]

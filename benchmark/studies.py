@@ -245,24 +245,23 @@ def scores_of(rows: list[dict], tasks: Sequence[str], value: Callable[[list[dict
     return np.array([[value(runs[task, seed]) for task in tasks] for seed in sorted({seed for _, seed in runs})])
 
 
-def draw(rows: list[dict], tasks: Sequence[str], label: str, path: Path) -> dict[str, np.ndarray]:
+def draw(rows: list[dict], tasks: Sequence[str], label: str, path: Path) -> dict[tuple[str, str], np.ndarray]:
     """Draws the runs' scores with their intervals against x, a panel for all tasks together and one for each.
 
-    Returns the estimates [places, 3] of the first panel by method.
+    Returns the estimates [places, 3] by panel ("all" or a task) and method.
     """
     panels = {"all": tasks} | {task: (task,) for task in tasks}
     methods = list(dict.fromkeys(row["method"] for row in rows))
     places = sorted({row["x"] for row in rows if row["x"] is not None})
-    drawn: dict[str, np.ndarray] = {}
+    drawn: dict[tuple[str, str], np.ndarray] = {}
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True, layout="constrained")
     for axis, (title, some) in zip(axes, panels.items(), strict=True):
         for i, method in enumerate(methods):
             mine = [row for row in rows if row["method"] == method]
             xs = [x for x in places if any(row["x"] == x for row in mine)]
             scores = {str(x): scores_of([row for row in mine if row["x"] == x], some) for x in xs or [None]}
-            estimates = np.array(list(interval_estimates(scores).values()))
-            drawn.setdefault(method, estimates)
-            middle, low, high = estimates.T
+            drawn[title, method] = np.array(list(interval_estimates(scores).values()))
+            middle, low, high = drawn[title, method].T
             if xs:
                 beside = np.array(xs) * 1.03 ** (i - (len(methods) - 1) / 2)  # so that intervals do not cover each other
                 error = (middle - low, high - middle)

@@ -22,8 +22,8 @@ SCRIPTS = {"rosmo_bsuite": rosmo_bsuite, "muzero_unplugged_bsuite": muzero_unplu
 LONG = {"catch": 30_000, "mountain_car": 10_000}
 SEARCHES = {"MuZero Unplugged", "MZU-Q", "Gumbel MuZero"}
 STUDIES = {  # x of the figure, its methods, updates, evaluations, and what x is among a run's settings
-    "coverage": ([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0], {"ROSMO", "one-step, no regularisation", "MuZero Unplugged"},
-                 {"catch": 10_000, "cartpole": 6_000, "mountain_car": 6_000}, 5, lambda args: args.data_fraction),
+    "coverage": ([0.01, 0.05, 0.2, 0.5, 1.0], {"ROSMO", "one-step, no regularisation", "MuZero Unplugged"},
+                 dict.fromkeys(("catch", "cartpole", "mountain_car"), 50_000), 20, lambda args: args.data_fraction),
     "budget": ([2, 4, 8, 16, 32], SEARCHES, LONG, 10, lambda args: args.num_simulations),
     "depth": ([1, 2, 4, 8, 16], {"MuZero Unplugged"}, LONG, 10, lambda args: args.search_depth or args.num_simulations),
     "noise": ([0.0, 0.1, 0.3, 0.5], {"ROSMO", "MuZero Unplugged"}, LONG, 10, lambda args: args.noise),
@@ -73,7 +73,8 @@ def test_the_runs_of_a_study(study):
         assert run.columns == {"study": study, "method": setting.method, "x": setting.x, "task": "catch", "seed": 7}
         args = SCRIPTS[run.script].Args(**{name.replace("-", "_"): value for name, value in run.flags.items()})
         changed = {name: value for name, value in vars(args).items() if value != getattr(type(args), name)}
-        assert (changed.pop("seed"), changed.pop("batch_size")) == (7, 128)
+        assert changed.pop("seed") == 7
+        assert changed.pop("batch_size", 512) == (512 if study == "coverage" else 128)
         assert changed.pop("data_fraction", 1.0) == (setting.x if study == "coverage" else 0.2)
         if setting.method == "ROSMO" and setting.x is None:
             assert not changed
@@ -91,14 +92,15 @@ def test_the_runs_of_a_study(study):
 
 def test_other_lengths():
     run_of, setting = bsuite_studies.run_of, bsuite_studies.settings_of(bsuite_studies.STUDIES["noise"])[0]
-    args = bsuite_studies.Args(study="noise", updates=500, evaluations=3)
-    assert run_of(args, setting, "cartpole", 0)[3:] == (500, 3)
+    args = bsuite_studies.Args(study="noise", updates=500, evaluations=3, batch_size=64)
+    run = run_of(args, setting, "cartpole", 0)
+    assert run[3:] == (500, 3) and run.flags["batch-size"] == 64
     with pytest.raises(InputError, match="--updates is needed for cartpole"):
         run_of(bsuite_studies.Args(study="noise"), setting, "cartpole", 0)
     updates = {
-        task: run_of(bsuite_studies.Args(study="coverage"), setting, task, 0).updates for task in ("cartpole", "catch")
+        task: run_of(bsuite_studies.Args(study="noise"), setting, task, 0).updates for task in ("catch", "mountain_car")
     }
-    assert updates == {"cartpole": 6_000, "catch": 10_000}
+    assert updates == LONG
 
 
 def test_a_whole_run():
@@ -221,7 +223,7 @@ def test_parts_cover_every_run_once(monkeypatch, tmp_path, dataset):
     args = bsuite_studies.Args(study="coverage", results=tmp_path / "results")
     for part in range(4):
         bsuite_studies.main(dataclasses.replace(args, part=part, parts=4))
-    assert len(set(made)) == len(made) == 7 * 3 * 3 * 3 and not (tmp_path / "results").exists()
+    assert len(set(made)) == len(made) == 5 * 3 * 3 * 3 and not (tmp_path / "results").exists()
     with pytest.raises(InputError, match="from 0 to --parts - 1"):
         bsuite_studies.main(dataclasses.replace(args, part=4, parts=4))
 
@@ -256,7 +258,7 @@ def test_scores(monkeypatch):
 
 
 def test_table_and_figure(monkeypatch, tmp_path, capsys, dataset, figures):
-    """Scores that grow with coverage, by method, task and seed, in the last two evaluations of five."""
+    """Scores that grow with coverage, by method, task and seed, in the last ten evaluations of twenty."""
     base = {"ROSMO": 0.0, "one-step, no regularisation": 1.0, "MuZero Unplugged": 2.0}
     tasks = {"catch": 0.0, "cartpole": 0.1, "mountain_car": 0.5}
 
@@ -265,8 +267,8 @@ def test_table_and_figure(monkeypatch, tmp_path, capsys, dataset, figures):
         last = (
             base[run.columns["method"]] + tasks[run.flags["env-id"]] + run.flags["data-fraction"] + 0.01 * run.flags["seed"]
         )
-        scores = (-9.0, -9.0, -9.0, last, last + 0.2)
-        steps = np.arange(1, 6) * (run.updates // 5)
+        scores = (-9.0,) * 10 + (last, last + 0.2) * 5
+        steps = np.arange(1, 21) * (run.updates // 20)
         return [{"step": int(step), "normalized_score": score} for step, score in zip(steps, scores, strict=True)]
 
     monkeypatch.setattr(studies, "make", make)
@@ -274,19 +276,19 @@ def test_table_and_figure(monkeypatch, tmp_path, capsys, dataset, figures):
     monkeypatch.setattr(bsuite_studies, "record_if_missing", lambda task, noise: dataset)
     args = bsuite_studies.Args(study="coverage", results=tmp_path, runs=tmp_path / "runs")
     bsuite_studies.main(args)
-    assert len(read(tmp_path / "bsuite_coverage.csv")) == 7 * 3 * 3 * 3 * 5
+    assert len(read(tmp_path / "bsuite_coverage.csv")) == 5 * 3 * 3 * 3 * 20
     assert (tmp_path / "bsuite_coverage.png").stat().st_size > 10_000
     # 9 scores above method and coverage: 0, .01, .02, .1, .11, .12, .5, .51, .52; their middle half is .02 to .5.
     middle = np.mean([0.02, 0.1, 0.11, 0.12, 0.5])
     xs, lines = STUDIES["coverage"][0], capsys.readouterr().out.splitlines()
-    assert "| fraction of the episodes | 0.01 | 0.02 | 0.05 | 0.1 | 0.2 | 0.5 | 1 |" in lines
-    for method, value in base.items():
-        (line,) = (line for line in lines if line.startswith(f"| {method} |"))
-        means = [float(cell.split("[")[0]) for cell in line.split("|")[2:-1]]
-        np.testing.assert_allclose(means, value + np.array(xs) + 0.1 + middle, atol=0.006)
+    assert "| task | fraction of the episodes | 0.01 | 0.05 | 0.2 | 0.5 | 1 |" in lines
     panels = {axis.get_title(): axis for axis in figures[0].axes}
     assert list(panels) == ["all", *tasks]
     for title, above in {"all": middle, "catch": 0.01, "cartpole": 0.11, "mountain_car": 0.51}.items():
+        for method, value in base.items():
+            (line,) = (line for line in lines if line.startswith(f"| {title} | {method} |"))
+            means = [float(cell.split("[")[0]) for cell in line.split("|")[3:-1]]
+            np.testing.assert_allclose(means, value + np.array(xs) + 0.1 + above, atol=0.006)
         drawn = {bars.get_label(): bars.lines[0].get_xydata() for bars in panels[title].containers}
         assert list(drawn) == list(base)
         for method, value in base.items():
@@ -303,12 +305,13 @@ def test_a_level_to_compare_with(monkeypatch, tmp_path, figures):
         for seed in (0, 1, 5)
     ]
     drawn = studies.draw(rows, ("a",), "x", tmp_path / "a.png")
-    assert drawn["level"][0] == pytest.approx([11, 9.2, 13.6], abs=0.5) and drawn["line"][:, 0].tolist() == [2, 6]
+    level, line = drawn["a", "level"], drawn["a", "line"]
+    assert level[0] == pytest.approx([11, 9.2, 13.6], abs=0.5) and line[:, 0].tolist() == [2, 6]
     axis = figures[0].axes[0]
     assert axis.lines[0].get_ydata() == [11, 11] and axis.get_xlabel() == "x" and axis.get_xscale() == "linear"
     assert axis.containers[0].lines[0].get_xydata().tolist() == [[0, 2], [pytest.approx(4, rel=0.03), 6]]
     bars = axis.containers[0].lines[2][0].get_segments()
-    np.testing.assert_allclose([bar[:, 1] for bar in bars], drawn["line"][:, 1:])
+    np.testing.assert_allclose([bar[:, 1] for bar in bars], line[:, 1:])
 
 
 # ---------------------------------------------------------------------------------------------------------- Programs
@@ -443,6 +446,8 @@ def test_model_errors(monkeypatch, tmp_path, catch_dataset, capsys, figures):
 
     def make(run, folder):
         assert run.flags == {"env-id": "catch", "seed": 4, "batch-size": 512, "data-fraction": 0.5}
+        study, setting = bsuite_studies.Args(study="coverage"), studies.Setting("", 0.5, run.script, {"data-fraction": 0.5})
+        assert run.name() == bsuite_studies.run_of(study, setting, "catch", 4).name()  # they share their runs
         flags = ["--data-dir", catch_dataset, *small_flags(muzero_unplugged_bsuite), "--eval-episodes", 0]
         programs.run(muzero_unplugged_bsuite, ["--run-dir", folder / run.name(), "--total-steps", 3, *flags])
 
