@@ -12,7 +12,16 @@ import pytest
 
 import muzero_unplugged_bsuite
 import rosmo_bsuite
-from benchmark import bsuite_scores, bsuite_studies, convert_atari, model_error, studies, throughput, window_labels
+from benchmark import (
+    bsuite_scores,
+    bsuite_studies,
+    convert_atari,
+    model_error,
+    recorded_rewards,
+    studies,
+    throughput,
+    window_labels,
+)
 from benchmark.studies import Run
 from data.dataset import InputError, write_dataset
 from tests import programs
@@ -414,6 +423,27 @@ def test_labels_of_every_window(monkeypatch, catch_dataset):
     assert (policy[0, 1:] != policy[1, :-1]).any()  # the same steps in the first two windows
     empty = window_labels.label_nothing(state, data.observation, model)
     assert empty.value.shape == data.action.shape and empty.policy.shape == (len(data.action), meta["num_actions"])
+
+
+def test_recorded_rewards_in_the_behaviour_filter(catch_dataset):
+    """An action is cloned if r_t + gamma v_{t+1} >= v_t with the reward that was recorded; nothing else changes."""
+    args = rosmo_bsuite.parse_args(["--data-dir", str(catch_dataset)])
+    data, _, meta = rosmo_bsuite.load_dataset(args)
+    index = np.arange(200)[:, None] + np.arange(args.unroll_steps + args.bootstrap_steps + 1)
+    batch = jax.tree.map(lambda x: jax.numpy.asarray(x[index]), data)
+    value = np.random.default_rng(0).uniform(-1, 1, index.shape).astype(np.float32)
+    policy = np.full((*index.shape, meta["num_actions"]), 1 / 3, np.float32)
+    labels = rosmo_bsuite.Labels(np.full_like(value, 9.0), value, policy)
+    targets = recorded_rewards.make_targets(jax.random.PRNGKey(0), batch, labels, args)
+    own = rosmo_bsuite.make_targets(jax.random.PRNGKey(0), batch, labels, args)
+    jax.tree.map(np.testing.assert_array_equal, targets._replace(behavior=0), own._replace(behavior=0))
+    length, cloned = args.unroll_steps + 1, 0
+    for (i, t), behavior in np.ndenumerate(targets.behavior):
+        restarted = batch.is_first[i, 1 : t + 2].any()
+        advantage = batch.reward[i, t] + args.discount * value[i, t + 1] - value[i, t]
+        assert behavior == (advantage >= 0 and not restarted)
+        cloned += behavior
+    assert 0 < cloned < own.behavior.sum() and targets.behavior.shape[1] == length and batch.reward[:, :length].any()
 
 
 @pytest.mark.parametrize("task", ["catch", "cartpole", "mountain_car"])
