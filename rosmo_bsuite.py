@@ -336,9 +336,10 @@ def sampled_one_step_target(action: jax.Array, advantage: jax.Array, num_actions
     """The target from N actions drawn from the prior (Muesli, Hessel et al. 2021): [..., N], [..., N] to [..., A].
 
     Z_i = (1 + sum_j exp(adv_j) - exp(adv_i)) / N; p(a_i) += exp(adv_i) / (N Z_i). It weights -log pi; its sum is not 1.
+    An addend is at most e^30, with which gradients are finite.
     """
-    weight = jnp.exp(advantage)
-    weight /= 1 + jnp.sum(weight, axis=-1, keepdims=True) - weight
+    others = jnp.where(jnp.eye(advantage.shape[-1], dtype=bool), 0, advantage[..., None, :])  # exp(0) is the 1 in Z_i
+    weight = jnp.exp(jnp.minimum(advantage - jax.nn.logsumexp(others, axis=-1), 30))
     return jnp.sum(weight[..., None] * jax.nn.one_hot(action, num_actions), axis=-2)
 
 

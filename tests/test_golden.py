@@ -116,6 +116,16 @@ def test_sampled_target():
     np.testing.assert_allclose(ours, OPS["sample_policy_target"], rtol=1e-5, atol=1e-7)
 
 
+def test_sampled_target_loses_no_digits():
+    """Against float64. The golden numbers' form divides by 0 from advantages of 17 on; an addend is at most e^30."""
+    advantage = np.array([[20.0, 0.0, -3.0], [25.0, 24.0, 0.0], [90.0, 89.0, 88.0], [-95.0, -96.0, 0.0], [90.0, 0.0, 0.0]])
+    weight = np.exp(advantage)
+    exact = weight / (1 + weight[:, [1, 2, 0]] + weight[:, [2, 0, 1]])
+    assert exact[-1, 0] > np.exp(80)
+    ours = rosmo.sampled_one_step_target(jnp.broadcast_to(jnp.arange(3), advantage.shape), jnp.asarray(advantage), 3)
+    np.testing.assert_allclose(ours, np.minimum(exact, np.exp(30.0)), rtol=2e-5, atol=1e-37)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_networks(case):
     num_actions = case.model.num_actions
