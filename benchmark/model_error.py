@@ -8,8 +8,9 @@ visited node of each depth of a search. The real task is put into the same state
 ends on the way, the sequence is left out. The true value of where it has led is the mean discounted return of the agent,
 playing on from there. (The value head learns n-step returns of the data's actions, which is not quite the same.)
 
-Writes benchmark/results/bsuite_model_error.csv, root mean square errors for each run, kind of actions and depth, and draws
-them. Runs that the table has are not made again; those in --runs are read.
+Writes benchmark/results/bsuite_model_error.csv, root mean square errors for each run, kind of actions and depth, with the
+mean of the model's value less the true one (value_bias), and draws the errors. Runs that the table has are not made again;
+those in --runs are read.
 """
 
 import csv
@@ -165,6 +166,7 @@ def measure(run_dir: Path) -> list[dict]:
             for name, x in squares.items():
                 known = some.any() and (depth or name != "reward_error")  # no reward leads to where a sequence begins
                 row[name] = float(np.sqrt(max(0, x[some].mean()))) if known else None
+            row["value_bias"] = float((value - np.mean(plays, axis=0))[some].mean()) if some.any() else None
             row["true_value"] = float(np.mean(plays, axis=0)[some].mean()) if some.any() else None
             rows.append(row)
     return rows

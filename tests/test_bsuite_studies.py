@@ -490,7 +490,7 @@ def test_model_errors(monkeypatch, tmp_path, catch_dataset, capsys, figures):
             (actions, str(depth)) for actions in ("observed", "searched") for depth in (0, 1, 2, 4, 8, 16)
         ]
         for row in rows:
-            known = [row[name] for name in ("value_error", "value_error_of_the_real_state", "true_value")]
+            known = [row[name] for name in ("value_error", "value_error_of_the_real_state", "value_bias", "true_value")]
             assert all(known) if int(row["sequences"]) else not any(known)
             assert (row["reward_error"] != "") == (row["depth"] != "0" and row["sequences"] != "0")
             if row["depth"] == "0":
