@@ -437,13 +437,13 @@ def test_recorded_rewards_in_the_behaviour_filter(catch_dataset):
     targets = recorded_rewards.make_targets(jax.random.PRNGKey(0), batch, labels, args)
     own = rosmo_bsuite.make_targets(jax.random.PRNGKey(0), batch, labels, args)
     jax.tree.map(np.testing.assert_array_equal, targets._replace(behavior=0), own._replace(behavior=0))
-    length, cloned = args.unroll_steps + 1, 0
+    cloned = 0
     for (i, t), behavior in np.ndenumerate(targets.behavior):
         restarted = batch.is_first[i, 1 : t + 2].any()
         advantage = batch.reward[i, t] + args.discount * value[i, t + 1] - value[i, t]
         assert behavior == (advantage >= 0 and not restarted)
         cloned += behavior
-    assert 0 < cloned < own.behavior.sum() and targets.behavior.shape[1] == length and batch.reward[:, :length].any()
+    assert 0 < cloned < own.behavior.sum() and batch.reward[:, : args.unroll_steps + 1].any()
 
 
 @pytest.mark.parametrize("task", ["catch", "cartpole", "mountain_car"])
