@@ -76,15 +76,13 @@ def summary(runs: Sequence[list[dict]], last: int) -> list[str]:
     ends = np.array([[row["normalized_score"] for row in run[-last:]] for run in runs])
     low, high = np.quantile(ends, (0.25, 0.75))
     solved = [[row for row in run if row["normalized_score"] >= 0.9] for run in runs]
-    timed = all(row["update_seconds"] is not None for run in runs for row in run)  # older tables are not
-    hours = [run[-1]["update_seconds"] / 3600 for run in runs] if timed else []
     return [
         f"{ends.mean():.2f} [{low:.2f}, {high:.2f}]",
         ", ".join(f"{end.mean():.2f}" for end in ends),
         f"{max(row['normalized_score'] for run in runs for row in run):.2f}",
         ", ".join(f"{found[0]['step']:,}" if found else "never" for found in solved),
-        ", ".join(f"{found[0]['update_seconds'] / 60:.1f}" if found else "never" for found in solved) if timed else "",
-        f"{np.median(hours):.2f} h" if timed else "",
+        ", ".join(f"{found[0]['update_seconds'] / 60:.1f}" if found else "never" for found in solved),
+        f"{np.median([run[-1]['update_seconds'] for run in runs]) / 3600:.2f} h",
     ]
 
 
@@ -152,8 +150,7 @@ def main(args: Args) -> None:
         middle, low, high = studies.interval_estimates({method: scores})[method]
         print(f"| {method} | {middle:.2f} [{low:.2f}, {high:.2f}] |")
     draw(rows, args.tasks, table.with_suffix(".png"), hours=False)
-    if all(row["update_seconds"] is not None for row in rows):
-        draw(rows, args.tasks, table.with_name(f"{args.name}_hours.png"), hours=True)
+    draw(rows, args.tasks, table.with_name(f"{args.name}_hours.png"), hours=True)
 
 
 if __name__ == "__main__":

@@ -383,11 +383,6 @@ def test_scores_of_methods(monkeypatch, tmp_path, capsys, dataset, figures):
     assert middle.get_ydata()[0] == pytest.approx(np.mean(sorted(start)[1:5])) and middle.get_ydata()[-1] > 5
 
 
-def test_older_tables_have_no_times():
-    run = [{"step": step, "normalized_score": score, "update_seconds": None} for step, score in ((100, 0.5), (200, 0.95))]
-    assert bsuite_scores.summary([run, run[:1]], 1)[3:] == ["200, never", "", ""]
-
-
 def test_the_batch_of_a_run_is_named_if_it_is_not_the_scripts():
     args = bsuite_scores.Args(methods=("ROSMO",), tasks=("catch",), seeds=(1,))
     assert bsuite_scores.runs_of(args)[0].flags == {"env-id": "catch", "seed": 1}
