@@ -883,13 +883,15 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState:
     *before, step = sorted(checkpoints.all_steps()) or [None]
     if step is None:
         raise InputError(f"{checkpoints.directory} holds no checkpoint")
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # where a restore fails, its threads print more
     try:
-        return checkpoints.restore(step, args=ocp.args.StandardRestore(like))
-    except Exception as error:  # Orbax raises many kinds, also a bare one, and its threads more
-        sys.unraisablehook = lambda _: None
+        state = checkpoints.restore(step, args=ocp.args.StandardRestore(like))
+    except Exception as error:  # Orbax raises many kinds, also a bare one
         reason = str(error.__cause__ or error).strip().split("\n")[0].split(" [tensorstore")[0][:600]
         others = "".join(f"; before it there is {checkpoints.directory}/{step}" for step in before)
         raise InputError(f"the checkpoint {checkpoints.directory}/{step} cannot be read ({reason}){others}") from None
+    sys.unraisablehook = hook
+    return state
 
 
 def open_log(run: dict[str, Any], step: int) -> tuple[set[int], Callable[[int, dict[str, Any]], None]]:

@@ -489,6 +489,26 @@ def test_resuming_what_cannot_be_resumed(bsuite_run, catch_dataset, tmp_path):
         run(rosmo_bsuite, [*resume, "--eval-only"])
 
 
+def test_restore_is_quiet(bsuite_run, monkeypatch):
+    """What the threads of a failing restore raise is not printed, neither before it returns nor later."""
+    seen, hook = list(), sys.unraisablehook
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    raises = type("Raises", (), {"__del__": lambda self: 1 / 0})
+
+    def fail(*_, **__):
+        raises()
+        raise ValueError("damaged")
+
+    checkpoints = rosmo_bsuite.open_checkpoints(bsuite_run, read_only=True)
+    monkeypatch.setattr(checkpoints, "restore", lambda *_, **__: 1)
+    assert rosmo_bsuite.restore(checkpoints, None) == 1 and sys.unraisablehook == seen.append != hook
+    monkeypatch.setattr(checkpoints, "restore", fail)
+    with pytest.raises(rosmo_bsuite.InputError, match=r"437 cannot be read \(damaged\)"):
+        rosmo_bsuite.restore(checkpoints, None)
+    raises()
+    assert seen == []
+
+
 def test_errors_are_one_sentence_and_exit_code_2(catch_dataset, bsuite_run, tmp_path):
     """As a user sees them: a damaged dataset, a damaged checkpoint, a file where folders are to be made."""
     data = shutil.copytree(catch_dataset, tmp_path / "catch")
