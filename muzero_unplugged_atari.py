@@ -249,13 +249,11 @@ def load_dataset(args: Args, environment: Any = None) -> tuple[Steps, np.ndarray
     longest = np.diff(np.append(data.is_first[rows], True).nonzero()[0]).max()
     if longest < window:
         raise InputError(f"windows of {window} steps are longer than every episode of the data (at most {longest} steps)")
-    if len(rows) - window + 1 < args.batch_size:
-        raise InputError(f"--batch-size {args.batch_size} is more than the {len(rows) - window + 1} windows of the data")
     return data, rows, meta
 
 
 def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
-    """Indices [B, 3 + T] of windows, all starts alike, and of the three steps before each, whose frames its stacks need."""
+    """Indices [B, 3 + T] of windows, drawn with replacement, and of the three steps before each, for its stacks."""
     window = args.unroll_steps + args.bootstrap_steps + 1
     start = jax.random.randint(key, (args.batch_size,), 0, num_steps - window + 1)
     return jnp.maximum(start[:, None] + jnp.arange(-3, window), 0)

@@ -36,7 +36,7 @@ from data.record_bsuite import record_if_missing
 
 DEPTHS = (0, 1, 2, 4, 8, 16)
 STARTS, PLAYS = 64, 8  # states to start from, and plays of the agent from where a sequence has led
-FEWEST = 10  # sequences of all seeds together for which an error is shown
+FEWEST = 0.2  # of the sequences of all seeds together must have got to a depth for its error to be shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +177,10 @@ def errors_of(rows: list[dict], task: str, fraction: float, actions: str, name: 
     some = [row for row in rows if (row["task"], float(row["fraction"]), row["actions"]) == (task, fraction, actions)]
     errors = dict[int, list[float]]()
     for depth in DEPTHS:
-        mine = [row for row in some if int(row["depth"]) == depth and row[name] != ""]
-        if sum(int(row["sequences"]) for row in mine) >= FEWEST:
-            errors[depth] = [float(row[name]) for row in mine]
+        mine = [row for row in some if int(row["depth"]) == depth]
+        known = [float(row[name]) for row in mine if row[name] != ""]
+        if known and sum(int(row["sequences"]) for row in mine) >= FEWEST * STARTS * len(mine):
+            errors[depth] = known
     return errors
 
 
@@ -192,6 +193,7 @@ def draw(rows: list[dict], args: Args, path: Path) -> None:
     }
     figure, axes = plt.subplots(len(args.tasks), 3, figsize=(12, 3 * len(args.tasks)), layout="constrained", squeeze=False)
     for line, task in zip(axes, args.tasks, strict=True):
+        line[0].set_ylabel("root mean square error")
         for axis, (name, title) in zip(line, panels.items(), strict=True):
             for i, fraction in enumerate(args.fractions):
                 for actions, style in ("observed", "--"), ("searched", "-"):
@@ -234,9 +236,11 @@ def main(args: Args) -> None:
         table.with_suffix(".new").rename(table)
     rows = [row for row in rows if int(row["seed"]) in args.seeds]
     draw(rows, args, table.with_suffix(".png"))
+    print("Mean of the seeds: value's error / at the real state / value less the true one")
     print(f"| task | data | actions |{''.join(f' depth {depth} |' for depth in DEPTHS)}\n|{' --- |' * (3 + len(DEPTHS))}")
     for task, fraction, actions in itertools.product(args.tasks, args.fractions, ("observed", "searched")):
-        kinds = [errors_of(rows, task, fraction, actions, f"value_error{of}") for of in ("", "_of_the_real_state")]
+        names = ("value_error", "value_error_of_the_real_state", "value_bias")
+        kinds = [errors_of(rows, task, fraction, actions, name) for name in names]
         cells = (" / ".join(f"{np.mean(x[depth]):.2f}" for x in kinds) if depth in kinds[0] else "" for depth in DEPTHS)
         print(f"| {task} | {fraction:.0%} | {actions} | {' | '.join(cells)} |")
 

@@ -492,8 +492,8 @@ def test_model_errors(monkeypatch, tmp_path, catch_dataset, capsys, figures):
                 assert row["sequences"] == "12"
                 assert float(row["value_error"]) == pytest.approx(float(row["value_error_of_the_real_state"]), rel=1e-4)
         (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| catch | 50% | searched | "))
-        first = float(rows[6]["value_error"])
-        assert line.split(" | ")[3] == f"{first:.2f} / {first:.2f}" and len(figures[-1].axes) == 3
+        first, bias = float(rows[6]["value_error"]), float(rows[6]["value_bias"])
+        assert line.split(" | ")[3] == f"{first:.2f} / {first:.2f} / {bias:.2f}" and len(figures[-1].axes) == 3
         monkeypatch.setattr(studies, "make", None)
 
 
