@@ -194,6 +194,7 @@ def draw(rows: list[dict], args: Args, path: Path) -> None:
     figure, axes = plt.subplots(len(args.tasks), 3, figsize=(12, 3 * len(args.tasks)), layout="constrained", squeeze=False)
     for line, task in zip(axes, args.tasks, strict=True):
         line[0].set_ylabel("root mean square error")
+        line[2].sharey(line[1])
         for axis, (name, title) in zip(line, panels.items(), strict=True):
             for i, fraction in enumerate(args.fractions):
                 for actions, style in ("observed", "--"), ("searched", "-"):
@@ -236,12 +237,12 @@ def main(args: Args) -> None:
         table.with_suffix(".new").rename(table)
     rows = [row for row in rows if int(row["seed"]) in args.seeds]
     draw(rows, args, table.with_suffix(".png"))
-    print("Mean of the seeds: value's error / at the real state / value less the true one")
+    print("Mean of the seeds: error of the reward (not at depth 0) / the value / the real state's value, bias of the value")
     print(f"| task | data | actions |{''.join(f' depth {depth} |' for depth in DEPTHS)}\n|{' --- |' * (3 + len(DEPTHS))}")
     for task, fraction, actions in itertools.product(args.tasks, args.fractions, ("observed", "searched")):
-        names = ("value_error", "value_error_of_the_real_state", "value_bias")
+        names = ("reward_error", "value_error", "value_error_of_the_real_state", "value_bias")
         kinds = [errors_of(rows, task, fraction, actions, name) for name in names]
-        cells = (" / ".join(f"{np.mean(x[depth]):.2f}" for x in kinds) if depth in kinds[0] else "" for depth in DEPTHS)
+        cells = (" / ".join(f"{np.mean(x[depth]):.2f}" for x in kinds if depth in x) for depth in DEPTHS)
         print(f"| {task} | {fraction:.0%} | {actions} | {' | '.join(cells)} |")
 
 
