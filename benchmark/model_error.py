@@ -3,14 +3,26 @@
     python -m benchmark.model_error
 
 MuZero Unplugged after 50,000 updates at batch 512 on 5 % and on all of the episodes. Start states are steps of the whole
-dataset, the same for both. From each the model is unrolled along the data's own actions, and along the actions to the most
-visited node of each depth of a search. The real task is put into the same state and takes the same actions; where an episode
-ends on the way, the sequence is left out. The true value of where it has led is the mean discounted return of the agent,
-playing on from there. (The value head learns n-step returns of the data's actions, which is not quite the same.)
+dataset, the same for all runs of a task. From each the model is unrolled along the data's own actions (observed), and, for
+each depth, along the actions to the node of that depth that a search visits most (searched). The real task is put into the
+same state and takes the same actions. After the end of an episode rewards and values are 0, as in training. Searched
+sequences are fewer at large depths: not every tree gets there.
 
-Writes benchmark/results/bsuite_model_error.csv, root mean square errors for each run, kind of actions and depth, with the
-mean of the model's value less the true one (value_bias), and draws the errors. Runs that the table has are not made again;
-those in --runs are read.
+Writes benchmark/results/bsuite_model_error.csv, a row for each run, kind of actions and depth:
+
+    sequences, ended   how many there are, and how many of them reach the end of their episode
+    reward_error       root mean square error of the model's reward on the way into its state
+    value_error        of the value of the model's state; the true one is the mean return of the agent, playing on from there
+    real_state_error   of the value of the real observation there, by the same network
+    dynamics_error     of the value of the model's state, against that of the real observation
+    value_bias         mean of the value of the model's state, less the true one
+    true_value, data_value    means of the true value, and of the return that the data have from there (observed actions)
+
+An agent that plays worse than the data has a value error without an error of the model: the value head learns of three
+rewards of the data, and the search's value after them. The dynamics' error is free of that.
+
+Prints the same, of all seeds together, and draws the errors. Runs that the table has are not made again; those in --runs are
+read.
 """
 
 import csv
@@ -36,7 +48,7 @@ from data.record_bsuite import record_if_missing
 
 DEPTHS = (0, 1, 2, 4, 8, 16)
 STARTS, PLAYS = 64, 8  # states to start from, and plays of the agent from where a sequence has led
-FEWEST = 0.2  # of the sequences of all seeds together must have got to a depth for its error to be shown
+FEWEST = 0.2  # of the sequences that there could be must be there for an error to be shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,28 +96,29 @@ def searched_actions(params: Any, key: jax.Array, observation: np.ndarray, model
 
 
 def follow(env_id: str, start: np.ndarray, actions: np.ndarray) -> tuple[list[Any], np.ndarray, np.ndarray, np.ndarray]:
-    """The real task from states [N, rows, columns] along actions [N, 16], until -1.
+    """The real task from states [N, rows, columns] along actions [N, 16], until -1 or the end of the episode.
 
-    Returns the tasks, the last rewards [N] and observations, and whether [N] they go on (1), end just here (0) or have
-    ended before (-1).
+    Returns the tasks, the last rewards [N] (0 after the end) and observations, and whether the episodes go on [N].
     """
-    tasks, rewards, reached, going = [], np.zeros(len(start)), np.array(start), np.ones(len(start), int)
+    tasks, rewards, reached, alive = [], np.zeros(len(start)), np.array(start), np.ones(len(start), bool)
     for i, observation in enumerate(start):
         tasks.append(task := script.BSuite.TASKS[env_id](seed=i))
         task.reset()
         set_state(task, observation)
         for action in actions[i][actions[i] >= 0]:
+            if not alive[i]:
+                rewards[i] = 0
+                break
             timestep = task.step(int(action))
-            rewards[i], reached[i] = timestep.reward or 0, timestep.observation
-            going[i] = -1 if going[i] < 1 else 1 - timestep.last()
-    return tasks, rewards, reached, going
+            rewards[i], reached[i], alive[i] = timestep.reward or 0, timestep.observation, not timestep.last()
+    return tasks, rewards, reached, alive
 
 
 def play(
-    params: Any, key: jax.Array, tasks: list[Any], start: np.ndarray, going: np.ndarray, model: script.Model
+    params: Any, key: jax.Array, tasks: list[Any], start: np.ndarray, alive: np.ndarray, model: script.Model
 ) -> np.ndarray:
-    """Discounted returns [N] of the agent in the tasks, which are at observations [N, rows, columns]."""
-    observation, alive, returns = np.array(start), going == 1, np.zeros(len(tasks))
+    """Discounted returns [N] of the agent in the tasks that are alive, which are at observations [N, rows, columns]."""
+    observation, alive, returns = np.array(start), alive.copy(), np.zeros(len(tasks))
     for step in itertools.count():
         if not alive.any():
             break
@@ -128,6 +141,13 @@ def unroll(params: Any, observation: jax.Array, actions: jax.Array, model: scrip
     return script.to_scalar(prediction.reward_logits), script.to_scalar(prediction.value_logits)
 
 
+def returns_of(data: Any, places: np.ndarray, discount: float) -> np.ndarray:
+    """Discounted returns [N] of the data from steps [N] to the end of their episodes."""
+    ends = np.flatnonzero(data.is_last)
+    rewards = (data.reward[place : ends[np.searchsorted(ends, place)]] for place in places)
+    return np.array([discount ** np.arange(len(reward)) @ reward for reward in rewards])
+
+
 def measure(run_dir: Path) -> list[dict]:
     """The errors of a run's last checkpoint, a row for each kind of actions and depth."""
     args = script.parse_args(["--resume", str(run_dir)])
@@ -144,52 +164,53 @@ def measure(run_dir: Path) -> list[dict]:
     searched = searched_actions(params, key, data.observation[starts], model)
     start = np.repeat(data.observation[starts], len(DEPTHS), axis=0)
     depths, all_rows = np.tile(DEPTHS, STARTS), np.arange(len(start))
+    data_value = returns_of(data, np.repeat(starts, len(DEPTHS)) + depths, args.discount)
     rows = list[dict]()
     for kind, actions in ("observed", observed.reshape(len(start), -1)), ("searched", searched.reshape(len(start), -1)):
         rewards, values = map(np.asarray, unroll(params, start, np.maximum(actions, 0), model))
         plays = list[np.ndarray]()
         for i in range(PLAYS):
-            tasks, true_reward, reached, going = follow(args.env_id, start, actions)
-            plays.append(play(params, jax.random.fold_in(key, i), tasks, reached, going, model))
+            tasks, true_reward, reached, alive = follow(args.env_id, start, actions)
+            plays.append(play(params, jax.random.fold_in(key, i), tasks, reached, alive, model))
         # (value - one half's mean) (value - the other's) has the mean of the squared error, without the spread of the plays.
         one, other = np.mean(plays[::2], axis=0), np.mean(plays[1::2], axis=0)
-        value = values[all_rows, depths]
-        of_real_state = np.asarray(unroll(params, reached, actions[:, :0], model)[1])[:, 0]
+        value, true_value = values[all_rows, depths], np.mean(plays, axis=0)
+        of_real_state = np.where(alive, np.asarray(unroll(params, reached, actions[:, :0], model)[1])[:, 0], 0)
         squares = {
-            "reward_error": (rewards[all_rows, depths] - true_reward) ** 2,
+            "reward_error": np.where(depths > 0, (rewards[all_rows, depths] - true_reward) ** 2, 0),  # none leads to a root
             "value_error": (value - one) * (value - other),
-            "value_error_of_the_real_state": (of_real_state - one) * (of_real_state - other),
+            "real_state_error": (of_real_state - one) * (of_real_state - other),
+            "dynamics_error": (value - of_real_state) ** 2,
         }
+        means = {"value_bias": value - true_value, "true_value": true_value}
+        means |= {"data_value": np.where(alive, data_value, 0)} if kind == "observed" else {}
         for depth in DEPTHS:
-            some = (depths == depth) & (going >= 0) & ((actions >= 0).sum(axis=1) == depth)
-            row = {"actions": kind, "depth": depth, "sequences": int(some.sum())}
-            for name, x in squares.items():
-                known = some.any() and (depth or name != "reward_error")  # no reward leads to where a sequence begins
-                row[name] = float(np.sqrt(max(0, x[some].mean()))) if known else None
-            row["value_bias"] = float((value - np.mean(plays, axis=0))[some].mean()) if some.any() else None
-            row["true_value"] = float(np.mean(plays, axis=0)[some].mean()) if some.any() else None
+            some = (depths == depth) & ((actions >= 0).sum(axis=1) == depth)
+            row = {"actions": kind, "depth": depth, "sequences": int(some.sum()), "ended": int((some & ~alive).sum())}
+            if some.any():
+                row |= {name: float(np.sqrt(max(0, x[some].mean()))) for name, x in squares.items()}
+                row |= {name: float(x[some].mean()) for name, x in means.items()}
             rows.append(row)
     return rows
 
 
-def errors_of(rows: list[dict], task: str, fraction: float, actions: str, name: str) -> dict[int, list[float]]:
-    """The seeds' errors of one kind by depth, where there are enough."""
-    some = [row for row in rows if (row["task"], float(row["fraction"]), row["actions"]) == (task, fraction, actions)]
-    errors = dict[int, list[float]]()
-    for depth in DEPTHS:
-        mine = [row for row in some if int(row["depth"]) == depth]
-        known = [float(row[name]) for row in mine if row[name] != ""]
-        if known and sum(int(row["sequences"]) for row in mine) >= FEWEST * STARTS * len(mine):
-            errors[depth] = known
-    return errors
+def together(rows: list[dict], name: str) -> tuple[float, float, float]:
+    """A column for all sequences of the seeds together, and its smallest and largest value of a seed; NaN where too few are
+    there. rows: one for each seed, of one kind of actions and depth."""
+    known = [row for row in rows if row.get(name, "") != ""]
+    weights, values = np.array([(int(row["sequences"]), float(row[name])) for row in known]).reshape(-1, 2).T
+    if not known or weights.sum() < FEWEST * STARTS * len(rows):
+        return (np.nan,) * 3
+    power = 2 if name.endswith("_error") else 1
+    return float(np.average(values**power, weights=weights) ** (1 / power)), values.min(), values.max()
 
 
-def draw(rows: list[dict], args: Args, path: Path) -> None:
-    """A row of panels for each task: root mean square errors against depth, mean and range of the seeds."""
+def draw(groups: dict[tuple, list[dict]], args: Args, path: Path) -> None:
+    """A row of panels for each task: root mean square errors against depth, all seeds together and the range of seeds."""
     panels = {
-        "reward_error": "reward of the model",
-        "value_error": "value of the model's state",
-        "value_error_of_the_real_state": "value of the real state there",
+        "reward_error": "reward",
+        "value_error": "value",
+        "dynamics_error": "value, dynamics alone",
     }
     figure, axes = plt.subplots(len(args.tasks), 3, figsize=(12, 3 * len(args.tasks)), layout="constrained", squeeze=False)
     for line, task in zip(axes, args.tasks, strict=True):
@@ -198,18 +219,20 @@ def draw(rows: list[dict], args: Args, path: Path) -> None:
         for axis, (name, title) in zip(line, panels.items(), strict=True):
             for i, fraction in enumerate(args.fractions):
                 for actions, style in ("observed", "--"), ("searched", "-"):
-                    found = errors_of(rows, task, fraction, actions, name)
-                    depths, errors = list(found), list(found.values())
+                    some = [together(groups[task, fraction, actions, depth], name) for depth in DEPTHS[1:]]
+                    error, low, high = np.array(some).T
                     label = f"{actions} actions, {fraction:.0%} of the data"
-                    axis.plot(depths, list(map(np.mean, errors)), style, color=f"C{i}", marker="o", label=label)
-                    low, high = list(map(min, errors)), list(map(max, errors))
-                    axis.fill_between(depths, low, high, color=f"C{i}", alpha=0.1)
+                    axis.plot(DEPTHS[1:], error, style, color=f"C{i}", marker="o", label=label)
+                    axis.fill_between(DEPTHS[1:], low, high, color=f"C{i}", alpha=0.1)
+                if name == "value_error":
+                    root = together(groups[task, fraction, "observed", 0], name)[0]
+                    axis.axhline(root, color=f"C{i}", linestyle=":", label=f"at the root, {fraction:.0%} of the data")
             axis.set_title(f"{task}: {title}")
             axis.set_xlabel("depth")
-            axis.set_xscale("symlog", base=2, linthresh=1)
-            axis.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(DEPTHS[1:], [str(depth) for depth in DEPTHS[1:]])
             axis.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -228,22 +251,26 @@ def main(args: Args) -> None:
         flags = {"env-id": task, "seed": seed, "batch-size": 512, "data-fraction": fraction}
         run = studies.Run({}, script.__name__, flags, updates=50_000, evaluations=20)
         studies.make(run, args.runs)
-        new = [{"task": task, "fraction": fraction, "seed": seed} | row for row in measure(args.runs / run.name())]
-        rows += [row | {name: "" for name, value in row.items() if value is None} for row in new]
+        rows += [{"task": task, "fraction": fraction, "seed": seed} | row for row in measure(args.runs / run.name())]
         with table.with_suffix(".new").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         table.with_suffix(".new").rename(table)
-    rows = [row for row in rows if int(row["seed"]) in args.seeds]
-    draw(rows, args, table.with_suffix(".png"))
-    print("Mean of the seeds: error of the reward (not at depth 0) / the value / the real state's value, bias of the value")
-    print(f"| task | data | actions |{''.join(f' depth {depth} |' for depth in DEPTHS)}\n|{' --- |' * (3 + len(DEPTHS))}")
-    for task, fraction, actions in itertools.product(args.tasks, args.fractions, ("observed", "searched")):
-        names = ("reward_error", "value_error", "value_error_of_the_real_state", "value_bias")
-        kinds = [errors_of(rows, task, fraction, actions, name) for name in names]
-        cells = (" / ".join(f"{np.mean(x[depth]):.2f}" for x in kinds if depth in x) for depth in DEPTHS)
-        print(f"| {task} | {fraction:.0%} | {actions} | {' | '.join(cells)} |")
+    groups = dict[tuple, list[dict]]()
+    for row in rows:
+        key = row["task"], float(row["fraction"]), row["actions"], int(row["depth"])
+        if int(row["seed"]) in args.seeds:
+            groups.setdefault(key, []).append(row)
+    draw(groups, args, table.with_suffix(".png"))
+    names = list(rows[0])[list(rows[0]).index("ended") + 1 :]
+    head = ["task", "data", "actions", "depth", "sequences", "ended", *names]
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    for task, fraction, actions, depth in itertools.product(args.tasks, args.fractions, ("observed", "searched"), DEPTHS):
+        some = groups[task, fraction, actions, depth]
+        counts = (str(sum(int(row[name]) for row in some)) for name in ("sequences", "ended"))
+        cells = (f"{together(some, name)[0]:.2f}".replace("nan", "") for name in names)
+        print(f"| {task} | {fraction:.0%} | {actions} | {depth} | {' | '.join([*counts, *cells])} |")
 
 
 if __name__ == "__main__":

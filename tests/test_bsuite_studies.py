@@ -455,12 +455,12 @@ def test_a_real_task_goes_on_from_an_observation(task):
         starts.append(observation)
         observation, reward, ended, _, _ = environment.step(actions[-1])
         after.append((observation, reward, ended))
-    _, rewards, reached, going = model_error.follow(task, np.array(starts), np.array(actions)[:, None])
+    _, rewards, reached, alive = model_error.follow(task, np.array(starts), np.array(actions)[:, None])
     np.testing.assert_array_equal(rewards, [reward for _, reward, _ in after])
     np.testing.assert_allclose(reached, [observation for observation, _, _ in after], atol=1e-5)
-    np.testing.assert_array_equal(going, [0 if ended else 1 for _, _, ended in after])
-    *_, going = model_error.follow(task, np.array(starts[-1:]), np.ones((1, 2000), int))
-    assert going.tolist() == [-1]  # no episode has so many steps
+    np.testing.assert_array_equal(alive, [not ended for _, _, ended in after])
+    _, rewards, _, alive = model_error.follow(task, np.array(starts[-1:]), np.ones((1, 2000), int))
+    assert alive.tolist() == [False] and rewards.tolist() == [0]  # no episode has so many steps
 
 
 def test_model_errors(monkeypatch, tmp_path, catch_dataset, capsys, figures):
@@ -485,15 +485,24 @@ def test_model_errors(monkeypatch, tmp_path, catch_dataset, capsys, figures):
             (actions, str(depth)) for actions in ("observed", "searched") for depth in (0, 1, 2, 4, 8, 16)
         ]
         for row in rows:
-            known = [row[name] for name in ("value_error", "value_error_of_the_real_state", "value_bias", "true_value")]
+            names = ["reward_error", "value_error", "real_state_error", "dynamics_error", "value_bias", "true_value"]
+            known = [row[name] for name in names + ["data_value"] * (row["actions"] == "observed")]
             assert all(known) if int(row["sequences"]) else not any(known)
-            assert (row["reward_error"] != "") == (row["depth"] != "0" and row["sequences"] != "0")
+            assert row["actions"] == "searched" or row["sequences"] == "12"
             if row["depth"] == "0":
-                assert row["sequences"] == "12"
-                assert float(row["value_error"]) == pytest.approx(float(row["value_error_of_the_real_state"]), rel=1e-4)
-        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| catch | 50% | searched | "))
-        first, bias = float(rows[6]["value_error"]), float(rows[6]["value_bias"])
-        assert line.split(" | ")[3] == f"{first:.2f} / {first:.2f} / {bias:.2f}" and len(figures[-1].axes) == 3
+                assert row["sequences"] == "12" and row["ended"] == "0" and float(row["dynamics_error"]) < 1e-4
+                assert float(row["value_error"]) == pytest.approx(float(row["real_state_error"]), rel=1e-4)
+            if (row["actions"], row["depth"]) == ("observed", "16"):  # longer than any episode
+                assert row["ended"] == "12" and float(row["real_state_error"]) == float(row["true_value"]) == 0
+                assert (
+                    float(row["value_error"]) == pytest.approx(float(row["dynamics_error"])) and row["value_error"] != "0.0"
+                )
+        (line,) = (
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("| catch | 50% | searched | 0 |")
+        )
+        assert (
+            line.split(" | ")[6:9] == ["0.00", *[f"{float(rows[6]['value_error']):.2f}"] * 2] and len(figures[-1].axes) == 3
+        )
         monkeypatch.setattr(studies, "make", None)
 
 
