@@ -27,7 +27,8 @@ from data.record_bsuite import record_if_missing
 
 Method = Literal[
     "ROSMO", "one-step, no regularisation", "filtered cloning",
-    "MuZero Unplugged", "MZU-Q", "Gumbel MuZero", "labels of every window", "filtered cloning, recorded rewards",
+    "MuZero Unplugged", "MZU-Q", "Gumbel MuZero", "labels of every window",
+    "ROSMO, recorded rewards", "filtered cloning, recorded rewards",
 ]  # fmt: skip
 METHODS: dict[Method, tuple[str, dict[str, Any]]] = {  # a script and its flags
     "ROSMO": ("rosmo_bsuite", {}),
@@ -37,6 +38,7 @@ METHODS: dict[Method, tuple[str, dict[str, Any]]] = {  # a script and its flags
     "MZU-Q": ("muzero_unplugged_bsuite", {"policy-target": "mzu_q"}),
     "Gumbel MuZero": ("muzero_unplugged_bsuite", {"policy-target": "gumbel"}),
     "labels of every window": ("benchmark.window_labels", {}),
+    "ROSMO, recorded rewards": ("benchmark.recorded_rewards", {}),
     "filtered cloning, recorded rewards": ("benchmark.recorded_rewards", {"policy-coef": 0.0, "sampling": True}),
 }
 BATCH_SIZE = 512  # the paper's, and the scripts' own

@@ -1,6 +1,7 @@
-"""The paper's studies on BSuite: coverage of the data, search budget and depth, noise, model capacity.
+"""Studies on BSuite, the paper's: coverage of the data, search budget and depth, noise, model capacity; and one of our own.
 
     python -m benchmark.bsuite_studies coverage              # how much of the data there is
+    python -m benchmark.bsuite_studies reward                # the behaviour filter's reward: the model's or the recorded one
     python -m benchmark.bsuite_studies budget                # simulations per search
     python -m benchmark.bsuite_studies depth                 # depth of a search of 16 simulations
     python -m benchmark.bsuite_studies noise                 # stochastic tasks
@@ -15,8 +16,9 @@ for all tasks and for each. A run's score is the mean of the evaluations in its 
 it was, and studies share the runs that they have in common: those that are whole in a table of --results or in
 runs/bsuite_studies/ are read, others made or resumed.
 
-Only the study of coverage has the paper's batch and cartpole, where an update of a search costs several times what it does
-on catch: its runs take many hours. The others are as long as a few hours of two cores allow.
+Only the studies of coverage and reward have the paper's batch, and only that of coverage has cartpole, where an update of
+a search costs several times what it does on catch: its runs take many hours. The others are as long as a few hours of two
+cores allow.
 """
 
 from dataclasses import dataclass
@@ -54,6 +56,10 @@ STUDIES = {
         methods=("ROSMO", "one-step, no regularisation", "MuZero Unplugged"),
         updates=(("catch", 50_000), ("cartpole", 50_000), ("mountain_car", 50_000)), evaluations=20, batch_size=512,
     ),
+    "reward": Study(
+        "fraction of the episodes", "data-fraction", FRACTION, (0.01, 0.05, 0.2),
+        methods=("ROSMO", "ROSMO, recorded rewards"), updates=(("catch", 50_000),), evaluations=20, batch_size=512,
+    ),
     "budget": Study(
         "simulations per search", "num-simulations", 20, (2, 4, 8, 16, 32),
         methods=("MuZero Unplugged", "MZU-Q", "Gumbel MuZero"),
@@ -69,7 +75,7 @@ STUDIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Args(studies.Args):
-    study: tyro.conf.Positional[Literal["coverage", "budget", "depth", "noise", "capacity"]]  # which one
+    study: tyro.conf.Positional[Literal["coverage", "reward", "budget", "depth", "noise", "capacity"]]  # which one
     tasks: tuple[str, ...] = ()  # tasks to train on; without it the study's own
     updates: int = 0  # of each run; 0 for the study's own
     batch_size: int = 0  # windows per update; 0 for the study's own, the paper's is 512

@@ -246,15 +246,16 @@ def scores_of(rows: list[dict], tasks: Sequence[str], value: Callable[[list[dict
 
 
 def draw(rows: list[dict], tasks: Sequence[str], label: str, path: Path) -> dict[tuple[str, str], np.ndarray]:
-    """Draws the runs' scores with their intervals against x, a panel for all tasks together and one for each.
+    """Draws the runs' scores with their intervals against x, a panel for each task and, if there are some, one for all.
 
     Returns the estimates [places, 3] by panel ("all" or a task) and method.
     """
-    panels = {"all": tasks} | {task: (task,) for task in tasks}
+    panels = ({"all": tasks} if len(tasks) > 1 else {}) | {task: (task,) for task in tasks}
     methods = list(dict.fromkeys(row["method"] for row in rows))
     places = sorted({row["x"] for row in rows if row["x"] is not None})
     drawn: dict[tuple[str, str], np.ndarray] = {}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True, layout="constrained")
+    size = (4 * len(panels), 3.6)
+    figure, (axes,) = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (title, some) in zip(axes, panels.items(), strict=True):
         for i, method in enumerate(methods):
             mine = [row for row in rows if row["method"] == method]

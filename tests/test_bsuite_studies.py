@@ -33,6 +33,8 @@ SEARCHES = {"MuZero Unplugged", "MZU-Q", "Gumbel MuZero"}
 STUDIES = {  # x of the figure, its methods, updates, evaluations, and what x is among a run's settings
     "coverage": ([0.01, 0.05, 0.2, 0.5, 1.0], {"ROSMO", "one-step, no regularisation", "MuZero Unplugged"},
                  dict.fromkeys(("catch", "cartpole", "mountain_car"), 50_000), 20, lambda args: args.data_fraction),
+    "reward": ([0.01, 0.05, 0.2], {"ROSMO", "ROSMO, recorded rewards"}, {"catch": 50_000}, 20,
+               lambda args: args.data_fraction),
     "budget": ([2, 4, 8, 16, 32], SEARCHES, LONG, 10, lambda args: args.num_simulations),
     "depth": ([1, 2, 4, 8, 16], {"MuZero Unplugged"}, LONG, 10, lambda args: args.search_depth or args.num_simulations),
     "noise": ([0.0, 0.1, 0.3, 0.5], {"ROSMO", "MuZero Unplugged"}, LONG, 10, lambda args: args.noise),
@@ -80,11 +82,12 @@ def test_the_runs_of_a_study(study):
         run = bsuite_studies.run_of(bsuite_studies.Args(study=study), setting, "catch", 7)
         assert (run.updates, run.evaluations) == (updates["catch"], evaluations)
         assert run.columns == {"study": study, "method": setting.method, "x": setting.x, "task": "catch", "seed": 7}
-        args = SCRIPTS[run.script].Args(**{name.replace("-", "_"): value for name, value in run.flags.items()})
+        script = {"benchmark.recorded_rewards": "rosmo_bsuite"}.get(run.script, run.script)
+        args = SCRIPTS[script].Args(**{name.replace("-", "_"): value for name, value in run.flags.items()})
         changed = {name: value for name, value in vars(args).items() if value != getattr(type(args), name)}
         assert changed.pop("seed") == 7
-        assert changed.pop("batch_size", 512) == (512 if study == "coverage" else 128)
-        assert changed.pop("data_fraction", 1.0) == (setting.x if study == "coverage" else 0.2)
+        assert changed.pop("batch_size", 512) == (512 if study in ("coverage", "reward") else 128)
+        assert changed.pop("data_fraction", 1.0) == (setting.x if study in ("coverage", "reward") else 0.2)
         if setting.method == "ROSMO" and setting.x is None:
             assert not changed
             continue
@@ -96,7 +99,8 @@ def test_the_runs_of_a_study(study):
         )
         common = {"num_simulations": 16} if study == "depth" else {}
         assert {name: value for name, value in changed.items() if name != flag} == own | common
-        assert (run.script == "rosmo_bsuite") == (setting.method in ("ROSMO", "one-step, no regularisation"))
+        assert (script == "rosmo_bsuite") == (setting.method not in SEARCHES)
+        assert (script != run.script) == (setting.method == "ROSMO, recorded rewards")
 
 
 def test_other_lengths():
