@@ -1,4 +1,4 @@
-"""Studies on BSuite, the paper's: coverage of the data, search budget and depth, noise, model capacity; and one of our own.
+"""Studies on BSuite: coverage of the data, reward of the behaviour filter, search budget and depth, noise, model capacity.
 
     python -m benchmark.bsuite_studies coverage              # how much of the data there is
     python -m benchmark.bsuite_studies reward                # the behaviour filter's reward: the model's or the recorded one
@@ -57,7 +57,7 @@ STUDIES = {
         updates=(("catch", 50_000), ("cartpole", 50_000), ("mountain_car", 50_000)), evaluations=20, batch_size=512,
     ),
     "reward": Study(
-        "fraction of the episodes", "data-fraction", FRACTION, (0.01, 0.05, 0.2),
+        "fraction of the episodes", "data-fraction", FRACTION, (0.05, 0.2),
         methods=("ROSMO", "ROSMO, recorded rewards"), updates=(("catch", 50_000),), evaluations=20, batch_size=512,
     ),
     "budget": Study(

@@ -33,7 +33,7 @@ SEARCHES = {"MuZero Unplugged", "MZU-Q", "Gumbel MuZero"}
 STUDIES = {  # x of the figure, its methods, updates, evaluations, and what x is among a run's settings
     "coverage": ([0.01, 0.05, 0.2, 0.5, 1.0], {"ROSMO", "one-step, no regularisation", "MuZero Unplugged"},
                  dict.fromkeys(("catch", "cartpole", "mountain_car"), 50_000), 20, lambda args: args.data_fraction),
-    "reward": ([0.01, 0.05, 0.2], {"ROSMO", "ROSMO, recorded rewards"}, {"catch": 50_000}, 20,
+    "reward": ([0.05, 0.2], {"ROSMO", "ROSMO, recorded rewards"}, {"catch": 50_000}, 20,
                lambda args: args.data_fraction),
     "budget": ([2, 4, 8, 16, 32], SEARCHES, LONG, 10, lambda args: args.num_simulations),
     "depth": ([1, 2, 4, 8, 16], {"MuZero Unplugged"}, LONG, 10, lambda args: args.search_depth or args.num_simulations),
