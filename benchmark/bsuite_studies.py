@@ -7,14 +7,15 @@
     python -m benchmark.bsuite_studies noise                 # stochastic tasks
     python -m benchmark.bsuite_studies capacity              # width of the dynamics network
     python -m benchmark.bsuite_studies coverage --workers 8  # eight runs side by side
+    python -m benchmark.bsuite_studies coverage --xs 0.2 1   # only these places of the x axis
     python -m benchmark.bsuite_studies budget --results DIR --runs DIR2    # both empty: makes every run anew
     sbatch benchmark/studies.slurm bsuite_studies coverage   # on a cluster; afterwards call it once more as above
 
 Each writes benchmark/results/bsuite_STUDY.csv, one line per evaluation, and draws bsuite_STUDY.png from it: the
 interquartile mean over runs and tasks with 95 % stratified bootstrap intervals (Agarwal et al. 2021). It prints the same
-for all tasks and for each. A run's score is the mean of the evaluations in its second half. A stopped study goes on where
-it was, and studies share the runs that they have in common: those that are whole in a table of --results or in
-runs/bsuite_studies/ are read, others made or resumed.
+for all tasks and, with each seed's score, for each task. A run's score is the mean of the evaluations in its second half. A
+stopped study goes on where it was, and studies share the runs that they have in common: those that are whole in a table of
+--results or in runs/bsuite_studies/ are read, others made or resumed.
 
 Only the studies of coverage and reward have the paper's batch, and only that of coverage has cartpole, where an update of
 a search costs several times what it does on catch: its runs take many hours. The others are as long as a few hours of two
@@ -77,6 +78,7 @@ STUDIES = {
 class Args(studies.Args):
     study: tyro.conf.Positional[Literal["coverage", "reward", "budget", "depth", "noise", "capacity"]]  # which one
     tasks: tuple[str, ...] = ()  # tasks to train on; without it the study's own
+    xs: tuple[float, ...] = ()  # places on the x axis; without it the study's own
     updates: int = 0  # of each run; 0 for the study's own
     batch_size: int = 0  # windows per update; 0 for the study's own, the paper's is 512
     evaluations: int = 0  # of each run; 0 for the study's own
@@ -106,6 +108,9 @@ def run_of(args: Args, setting: Setting, task: str, seed: int) -> Run:
 
 def main(args: Args) -> None:
     study = STUDIES[args.study]
+    if unknown := set(args.xs) - set(study.xs):
+        raise InputError(f"--xs of {args.study} are of {', '.join(map(str, study.xs))}, not {min(unknown):g}")
+    study = study._replace(xs=tuple(x for x in study.xs if not args.xs or x in args.xs))
     tasks = args.tasks or tuple(dict(study.updates))
     runs = [run_of(args, setting, task, seed) for setting in settings_of(study) for task in tasks for seed in args.seeds]
     table = args.results / f"bsuite_{args.study}.csv"
@@ -115,9 +120,15 @@ def main(args: Args) -> None:
         head = ["task", study.label, *(f"{x:g}" for x in study.xs)]
         print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
         for (task, method), estimates in drawn.items():
-            cells = (f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in estimates)
+            cells = [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in estimates]
+            mine = [row for row in rows if (row["task"], row["method"]) == (task, method)]  # none of "all"
+            for i, x in enumerate(sorted({row["x"] for row in mine})):
+                seeds = studies.scores_of([row for row in mine if row["x"] == x], (task,))[:, 0]
+                cells[i] += f": {', '.join(f'{score:.2f}' for score in seeds)}"
             print(f"| {task} | {method} | {' | '.join(cells)} |")
+        hours = sum({row["run"]: row["update_seconds"] for row in rows}.values()) / 3600  # each run's last
         print(f"\n{table} and its figure: {len(args.seeds)} seeds, batch {args.batch_size or study.batch_size}")
+        print(f"{len(runs)} runs, {hours:.1f} hours of training")
 
 
 if __name__ == "__main__":

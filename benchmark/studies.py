@@ -246,7 +246,7 @@ def scores_of(rows: list[dict], tasks: Sequence[str], value: Callable[[list[dict
 
 
 def draw(rows: list[dict], tasks: Sequence[str], label: str, path: Path) -> dict[tuple[str, str], np.ndarray]:
-    """Draws the runs' scores with their intervals against x, a panel for each task and, if there are some, one for all.
+    """Draws the runs' scores with their intervals against x, a panel for each task, and one for all if there are several.
 
     Returns the estimates [places, 3] by panel ("all" or a task) and method.
     """

@@ -282,7 +282,11 @@ def test_table_and_figure(monkeypatch, tmp_path, capsys, dataset, figures):
         )
         scores = (-9.0,) * 10 + (last, last + 0.2) * 5
         steps = np.arange(1, 21) * (run.updates // 20)
-        return [{"step": int(step), "normalized_score": score} for step, score in zip(steps, scores, strict=True)]
+        seconds = steps / run.updates * 80  # of training, 80 a run
+        return [
+            {"step": int(step), "normalized_score": score, "update_seconds": second}
+            for step, score, second in zip(steps, scores, seconds, strict=True)
+        ]
 
     monkeypatch.setattr(studies, "make", make)
     monkeypatch.setattr(studies, "BOOTSTRAPS", 50)
@@ -295,6 +299,9 @@ def test_table_and_figure(monkeypatch, tmp_path, capsys, dataset, figures):
     middle = np.mean([0.02, 0.1, 0.11, 0.12, 0.5])
     xs, lines = STUDIES["coverage"][0], capsys.readouterr().out.splitlines()
     assert "| task | fraction of the episodes | 0.01 | 0.05 | 0.2 | 0.5 | 1 |" in lines
+    assert lines[-1] == "135 runs, 3.0 hours of training"
+    (line,) = (line for line in lines if line.startswith("| cartpole | MuZero Unplugged |"))
+    assert line.split(" | ")[4].endswith("]: 2.40, 2.41, 2.42")  # 2 + 0.1 + 0.2, the mean's 0.1, and 0.01 a seed
     panels = {axis.get_title(): axis for axis in figures[0].axes}
     assert list(panels) == ["all", *tasks]
     for title, above in {"all": middle, "catch": 0.01, "cartpole": 0.11, "mountain_car": 0.51}.items():
@@ -307,6 +314,11 @@ def test_table_and_figure(monkeypatch, tmp_path, capsys, dataset, figures):
         for method, value in base.items():
             np.testing.assert_allclose(drawn[method][:, 0], xs, rtol=0.04)
             np.testing.assert_allclose(drawn[method][:, 1], value + np.array(xs) + 0.1 + above)
+    bsuite_studies.main(dataclasses.replace(args, xs=(1.0, 0.05)))  # some places, from the table
+    assert "| task | fraction of the episodes | 0.05 | 1 |" in capsys.readouterr().out.splitlines()
+    assert len(read(tmp_path / "bsuite_coverage.csv")) == 5 * 3 * 3 * 3 * 20
+    with pytest.raises(InputError, match=r"--xs of coverage are of 0.01, 0.05, 0.2, 0.5, 1.0, not 0.3"):
+        bsuite_studies.main(dataclasses.replace(args, xs=(0.05, 0.3)))
 
 
 def test_a_level_to_compare_with(monkeypatch, tmp_path, figures):
