@@ -17,9 +17,8 @@ for all tasks and, with each seed's score, for each task. A run's score is the m
 stopped study goes on where it was, and studies share the runs that they have in common: those that are whole in a table of
 --results or in runs/bsuite_studies/ are read, others made or resumed.
 
-Only the studies of coverage and reward have the paper's batch, and only that of coverage has cartpole, where an update of
-a search costs several times what it does on catch: its runs take many hours. The others are as long as a few hours of two
-cores allow.
+The studies of coverage, reward and noise have the paper's batch of 512 windows. The others have 128, fewer updates, and no
+cartpole, where an update of a search costs several times what it does on catch: they take an hour of two cores.
 """
 
 from dataclasses import dataclass
@@ -46,31 +45,31 @@ class Study(NamedTuple):
     xs: tuple[float, ...]
     methods: tuple[Method, ...] = ("ROSMO", "MuZero Unplugged")
     common: tuple[tuple[str, Any], ...] = ()  # more flags of the methods
-    updates: tuple[tuple[str, int], ...] = (("catch", 30_000), ("mountain_car", 10_000))  # of a run, by task
-    evaluations: int = 10  # of a run
-    batch_size: int = 128  # windows per update
+    updates: tuple[tuple[str, int], ...] = (("catch", 50_000), ("cartpole", 50_000), ("mountain_car", 50_000))  # by task
+    evaluations: int = 20  # of a run
+    batch_size: int = 512  # windows per update
 
 
+SHORT: dict[str, Any] = {"updates": (("catch", 30_000), ("mountain_car", 10_000)), "evaluations": 10, "batch_size": 128}
 STUDIES = {
     "coverage": Study(
         "fraction of the episodes", "data-fraction", FRACTION, (0.01, 0.05, 0.2, 0.5, 1.0),
         methods=("ROSMO", "one-step, no regularisation", "MuZero Unplugged"),
-        updates=(("catch", 50_000), ("cartpole", 50_000), ("mountain_car", 50_000)), evaluations=20, batch_size=512,
     ),
     "reward": Study(
         "fraction of the episodes", "data-fraction", FRACTION, (0.05, 0.2),
-        methods=("ROSMO", "ROSMO, recorded rewards"), updates=(("catch", 50_000),), evaluations=20, batch_size=512,
+        methods=("ROSMO", "ROSMO, recorded rewards"), updates=(("catch", 50_000),),
     ),
     "budget": Study(
         "simulations per search", "num-simulations", 20, (2, 4, 8, 16, 32),
-        methods=("MuZero Unplugged", "MZU-Q", "Gumbel MuZero"),
+        methods=("MuZero Unplugged", "MZU-Q", "Gumbel MuZero"), **SHORT,
     ),
     "depth": Study(
         "depth of the search tree (16 simulations)", "search-depth", 16, (1, 2, 4, 8, 16),
-        methods=("MuZero Unplugged",), common=(("num-simulations", 16),),
+        methods=("MuZero Unplugged",), common=(("num-simulations", 16),), **SHORT,
     ),
     "noise": Study("probability of a random action", "noise", 0.0, (0.0, 0.1, 0.3, 0.5)),
-    "capacity": Study("hidden units of the dynamics network", "dynamics-width", 32, (8, 32, 128)),
+    "capacity": Study("hidden units of the dynamics network", "dynamics-width", 32, (8, 32, 128), **SHORT),
 }  # fmt: skip
 
 
