@@ -18,7 +18,7 @@ stopped study goes on where it was, and studies share the runs that they have in
 --results or in runs/bsuite_studies/ are read, others made or resumed.
 
 The studies of coverage, reward and noise have the paper's batch of 512 windows. The others have 128, fewer updates, and no
-cartpole, where an update of a search costs several times what it does on catch: they take an hour of two cores.
+cartpole, where an update of a search costs several times what it does on catch.
 """
 
 from dataclasses import dataclass
