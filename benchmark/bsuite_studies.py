@@ -17,8 +17,8 @@ for all tasks and, with each seed's score, for each task. A run's score is the m
 stopped study goes on where it was, and studies share the runs that they have in common: those that are whole in a table of
 --results or in runs/bsuite_studies/ are read, others made or resumed.
 
-The studies of coverage, reward and noise have the paper's batch of 512 windows. The others have 128, fewer updates, and no
-cartpole, where an update of a search costs several times what it does on catch.
+The studies of coverage, reward, depth and noise have the paper's batch of 512 windows. The others have 128, fewer updates,
+and no cartpole, where an update of a search costs several times what it does on catch.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ STUDIES = {
     ),
     "depth": Study(
         "depth of the search tree (16 simulations)", "search-depth", 16, (1, 2, 4, 8, 16),
-        methods=("MuZero Unplugged",), common=(("num-simulations", 16),), **SHORT,
+        methods=("MuZero Unplugged",), common=(("num-simulations", 16),),
     ),
     "noise": Study("probability of a random action", "noise", 0.0, (0.0, 0.1, 0.3, 0.5)),
     "capacity": Study("hidden units of the dynamics network", "dynamics-width", 32, (8, 32, 128), **SHORT),

@@ -37,7 +37,7 @@ STUDIES = {  # x of the figure, its methods, updates, evaluations, and what x is
     "reward": ([0.05, 0.2], {"ROSMO", "ROSMO, recorded rewards"}, {"catch": 50_000}, 20,
                lambda args: args.data_fraction),
     "budget": ([2, 4, 8, 16, 32], SEARCHES, SHORT, 10, lambda args: args.num_simulations),
-    "depth": ([1, 2, 4, 8, 16], {"MuZero Unplugged"}, SHORT, 10, lambda args: args.search_depth or args.num_simulations),
+    "depth": ([1, 2, 4, 8, 16], {"MuZero Unplugged"}, LONG, 20, lambda args: args.search_depth or args.num_simulations),
     "noise": ([0.0, 0.1, 0.3, 0.5], {"ROSMO", "MuZero Unplugged"}, LONG, 20, lambda args: args.noise),
     "capacity": ([8, 32, 128], {"ROSMO", "MuZero Unplugged"}, SHORT, 10, lambda args: args.dynamics_width),
 }  # fmt: skip
@@ -87,7 +87,7 @@ def test_the_runs_of_a_study(study):
         args = SCRIPTS[script].Args(**{name.replace("-", "_"): value for name, value in run.flags.items()})
         changed = {name: value for name, value in vars(args).items() if value != getattr(type(args), name)}
         assert changed.pop("seed") == 7
-        assert changed.pop("batch_size", 512) == (512 if study in ("coverage", "reward", "noise") else 128)
+        assert changed.pop("batch_size", 512) == (128 if study in ("budget", "capacity") else 512)
         assert changed.pop("data_fraction", 1.0) == (setting.x if study in ("coverage", "reward") else 0.2)
         if setting.method == "ROSMO" and setting.x is None:
             assert not changed
@@ -105,14 +105,14 @@ def test_the_runs_of_a_study(study):
 
 
 def test_other_lengths():
-    run_of, setting = bsuite_studies.run_of, bsuite_studies.settings_of(bsuite_studies.STUDIES["depth"])[0]
-    args = bsuite_studies.Args(study="depth", updates=500, evaluations=3, batch_size=64)
+    run_of, setting = bsuite_studies.run_of, bsuite_studies.settings_of(bsuite_studies.STUDIES["capacity"])[0]
+    args = bsuite_studies.Args(study="capacity", updates=500, evaluations=3, batch_size=64)
     run = run_of(args, setting, "cartpole", 0)
     assert run[3:] == (500, 3) and run.flags["batch-size"] == 64
     with pytest.raises(InputError, match="--updates is needed for cartpole"):
-        run_of(bsuite_studies.Args(study="depth"), setting, "cartpole", 0)
+        run_of(bsuite_studies.Args(study="capacity"), setting, "cartpole", 0)
     updates = {
-        task: run_of(bsuite_studies.Args(study="depth"), setting, task, 0).updates for task in ("catch", "mountain_car")
+        task: run_of(bsuite_studies.Args(study="capacity"), setting, task, 0).updates for task in ("catch", "mountain_car")
     }
     assert updates == SHORT
 
