@@ -17,8 +17,8 @@ for all tasks and, with each seed's score, for each task. A run's score is the m
 stopped study goes on where it was, and studies share the runs that they have in common: those that are whole in a table of
 --results or in runs/bsuite_studies/ are read, others made or resumed.
 
-The studies of coverage, reward, depth and noise have the paper's batch of 512 windows. The others have 128, fewer updates,
-and no cartpole, where an update of a search costs several times what it does on catch.
+All have the paper's batch of 512 windows, and 50,000 updates. Only capacity has 128, fewer updates, and no cartpole, where
+an update of a search costs several times what it does on catch.
 """
 
 from dataclasses import dataclass
@@ -44,13 +44,13 @@ class Study(NamedTuple):
     own: float  # the value of runs without the flag: it is left out then, so that studies share the runs
     xs: tuple[float, ...]
     methods: tuple[Method, ...] = ("ROSMO", "MuZero Unplugged")
+    fewer: tuple[tuple[Method, tuple[float, ...]], ...] = ()  # the xs of methods that do not have all
     common: tuple[tuple[str, Any], ...] = ()  # more flags of the methods
     updates: tuple[tuple[str, int], ...] = (("catch", 50_000), ("cartpole", 50_000), ("mountain_car", 50_000))  # by task
     evaluations: int = 20  # of a run
     batch_size: int = 512  # windows per update
 
 
-SHORT: dict[str, Any] = {"updates": (("catch", 30_000), ("mountain_car", 10_000)), "evaluations": 10, "batch_size": 128}
 STUDIES = {
     "coverage": Study(
         "fraction of the episodes", "data-fraction", FRACTION, (0.01, 0.05, 0.2, 0.5, 1.0),
@@ -62,14 +62,17 @@ STUDIES = {
     ),
     "budget": Study(
         "simulations per search", "num-simulations", 20, (2, 4, 8, 16, 32),
-        methods=("MuZero Unplugged", "MZU-Q", "Gumbel MuZero"), **SHORT,
+        methods=("MuZero Unplugged", "MZU-Q", "Gumbel MuZero"), fewer=(("MZU-Q", (2, 4, 8)), ("Gumbel MuZero", (2, 4, 8))),
     ),
     "depth": Study(
         "depth of the search tree (16 simulations)", "search-depth", 16, (1, 2, 4, 8, 16),
         methods=("MuZero Unplugged",), common=(("num-simulations", 16),),
     ),
     "noise": Study("probability of a random action", "noise", 0.0, (0.0, 0.1, 0.3, 0.5)),
-    "capacity": Study("hidden units of the dynamics network", "dynamics-width", 32, (8, 32, 128), **SHORT),
+    "capacity": Study(
+        "hidden units of the dynamics network", "dynamics-width", 32, (8, 32, 128),
+        updates=(("catch", 30_000), ("mountain_car", 10_000)), evaluations=10, batch_size=128,
+    ),
 }  # fmt: skip
 
 
@@ -89,7 +92,8 @@ def settings_of(study: Study) -> list[Setting]:
     """The settings of a study."""
     level = [] if "ROSMO" in study.methods else [Setting("ROSMO", None, *METHODS["ROSMO"])]
     flags = {x: dict(study.common) | ({study.flag: x} if x != study.own else {}) for x in study.xs}
-    some = [(method, x, *METHODS[method]) for x in study.xs for method in study.methods]
+    places = [(method, x) for x in study.xs for method in study.methods if x in dict(study.fewer).get(method, study.xs)]
+    some = [(method, x, *METHODS[method]) for method, x in places]
     return level + [Setting(method, x, script, own | flags[x]) for method, x, script, own in some]
 
 
@@ -119,12 +123,15 @@ def main(args: Args) -> None:
         head = ["task", study.label, *(f"{x:g}" for x in study.xs)]
         print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
         for (task, method), estimates in drawn.items():
-            cells = [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in estimates]
-            mine = [row for row in rows if (row["task"], row["method"]) == (task, method)]  # none of "all"
-            for i, x in enumerate(sorted({row["x"] for row in mine})):
-                seeds = studies.scores_of([row for row in mine if row["x"] == x], (task,))[:, 0]
-                cells[i] += f": {', '.join(f'{score:.2f}' for score in seeds)}"
-            print(f"| {task} | {method} | {' | '.join(cells)} |")
+            mine = [row for row in rows if row["method"] == method]
+            cells = {}
+            for x, (mean, low, high) in zip(sorted({row["x"] for row in mine}), estimates, strict=True):
+                cells[x] = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+                if task != "all":
+                    seeds = studies.scores_of([row for row in mine if row["x"] == x], (task,))[:, 0]
+                    cells[x] += f": {', '.join(f'{score:.2f}' for score in seeds)}"
+            line = [cells.get(x, cells.get(None, "")) for x in study.xs]  # a level is the same at every x
+            print(f"| {task} | {method} | {' | '.join(line)} |")
         hours = sum({row["run"]: row["update_seconds"] for row in rows}.values()) / 3600  # each run's last
         print(f"\n{table} and its figure: {len(args.seeds)} seeds, batch {args.batch_size or study.batch_size}")
         print(f"{len(runs)} runs, {hours:.1f} hours of training")
