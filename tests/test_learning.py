@@ -42,10 +42,11 @@ def test_rosmo_learns_the_longer_tasks(tmp_path, monkeypatch, env_id):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_muzero_unplugged_learns_catch(tmp_path, monkeypatch):
-    """It takes longer than ROSMO, and swings: the best of five evaluations in 50,000 updates (three minutes) counts."""
+    """It swings, so the mean of the last ten of twenty evaluations counts (50,000 updates, three minutes)."""
     monkeypatch.chdir(tmp_path)
-    learn(muzero_unplugged_bsuite, "--total-steps", 50000, "--eval-interval", 10000)
-    assert max(line["eval/return_mean"] for line in scores(metrics(Path("run")))) >= 0.9
+    learn(muzero_unplugged_bsuite, "--total-steps", 50000, "--eval-interval", 2500)
+    returns = [line["eval/return_mean"] for line in scores(metrics(Path("run")))]
+    assert len(returns) == 20 and sum(returns[10:]) / 10 >= 0.5  # random play has -0.667
 
 
 @pytest.mark.slow
