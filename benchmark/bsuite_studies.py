@@ -17,8 +17,8 @@ for all tasks and, with each seed's score, for each task. A run's score is the m
 stopped study goes on where it was, and studies share the runs that they have in common: those that are whole in a table of
 --results or in runs/bsuite_studies/ are read, others made or resumed.
 
-All have the paper's batch of 512 windows, and 50,000 updates. Only capacity has 128, fewer updates, and no cartpole, where
-an update of a search costs several times what it does on catch.
+All studies but capacity make 50,000 updates with the paper's batch of 512 windows. Capacity has 128 windows, fewer updates,
+and no cartpole, where an update of a search costs several times what it does on catch.
 """
 
 from dataclasses import dataclass

@@ -449,6 +449,15 @@ def test_gumbel_search_is_mctxs():
     assert_close(ours.value, result.search_tree.summary().value)
 
 
+def test_two_simulations_rank_no_action_above_the_priors_favourite():
+    """The second goes there again or elsewhere, whatever the values are: what benchmark/README.md says of the budget."""
+    settings = {"num_simulations": 2, "dirichlet_fraction": 0.0}
+    model, params, state, prediction = random_network(3, 1024, scale=0.1, **settings)
+    result = jax.jit(functools.partial(mzu.search, model=model))(params, KEY, state, prediction)
+    favourite = jnp.argmax(prediction.policy_logits, axis=-1, keepdims=True)
+    assert set(np.unique(jnp.take_along_axis(result.policy, favourite, axis=-1))) == {0.5, 1.0}
+
+
 @pytest.mark.parametrize(("num_simulations", "visited"), [(1, [1, 0, 0, 0]), (6, [2, 2, 1, 1])])
 def test_ties_are_broken_uniformly(num_simulations, visited):
     """In a fresh network all actions are alike: at every root a random one, or two, have a visit more than the others."""
