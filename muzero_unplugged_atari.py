@@ -540,10 +540,10 @@ class Targets(NamedTuple):
     weight: jax.Array  # [B, K+1], the same of all other losses
 
 
-def make_labels(target_params: Any, key: jax.Array, observation: jax.Array, model: Model) -> Labels:
-    """Labels [B, T] of the observations [B, T, 84, 84, 4] of windows, by a search from every one of them."""
-    net, lead = model.bind(target_params), observation.shape[:2]
-    state = net.representation(observation)
+def make_labels(target_params: Any, key: jax.Array, batch: Steps, model: Model) -> Labels:
+    """Labels of windows [B, T], by a search from every step."""
+    net, lead = model.bind(target_params), batch.action.shape
+    state = net.representation(batch.observation)
     roots, prediction = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (state, net.prediction(state)))
     result = search(target_params, key, roots, prediction, model)
     return Labels(result.value.reshape(lead), result.policy.reshape(*lead, -1))
@@ -670,13 +670,13 @@ def update_windows(state: TrainState, windows: Steps, model: Model) -> tuple[Tra
     """One update on windows with history [B, 3 + T]."""
 
     @per_device(jax.P(), jax.P(), jax.P("batch"), out=jax.P("batch"))
-    def label(target_params: Any, key: jax.Array, observation: jax.Array) -> Labels:
+    def label(target_params: Any, key: jax.Array, batch: Steps) -> Labels:
         """Each device labels its share of the batch."""
-        return make_labels(target_params, jax.random.fold_in(key, jax.lax.axis_index("batch")), observation, model)
+        return make_labels(target_params, jax.random.fold_in(key, jax.lax.axis_index("batch")), batch, model)
 
     _, actions_key, labels_key = (jax.random.fold_in(key, state.step) for key in jax.random.split(state.key, 3))
     batch = stack_frames(windows)
-    return update(state, actions_key, batch, label(state.target_params, labels_key, batch.observation), model)
+    return update(state, actions_key, batch, label(state.target_params, labels_key, batch), model)
 
 
 # --------------------------------------------------------------------------------- Environments, acting and evaluation

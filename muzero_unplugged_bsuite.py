@@ -456,10 +456,10 @@ class Targets(NamedTuple):
     weight: jax.Array  # [B, K+1], the same of all other losses
 
 
-def make_labels(target_params: Any, key: jax.Array, observation: jax.Array, model: Model) -> Labels:
-    """Labels [B] of observations [B, rows, columns]. Windows that share a step share its search and its Dirichlet noise."""
+def make_labels(target_params: Any, key: jax.Array, steps: Steps, model: Model) -> Labels:
+    """Labels [B] of steps [B]. Windows that share a step share its search and its Dirichlet noise."""
     net = model.bind(target_params)
-    state = net.representation(observation)
+    state = net.representation(steps.observation)
     prediction = net.prediction(state)
     result = search(target_params, key, state, prediction, model)
     return Labels(result.value, result.policy)
@@ -582,9 +582,9 @@ def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, mode
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def label_dataset(state: TrainState, observation: jax.Array, model: Model) -> Labels:
+def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
     """Labels [N], made once a step, of the steps that windows read before the next target copy; zeros for the others."""
-    length, interval, num_devices, size = len(observation), model.args.target_update_interval, jax.device_count(), 1024
+    length, interval, num_devices, size = len(data.action), model.args.target_update_interval, jax.device_count(), 1024
     updates = state.step - state.step % interval + jnp.arange(interval)
     windows_key, _, labels_key = jax.random.split(state.key, 3)
     windows = jax.vmap(lambda t: sample_windows(jax.random.fold_in(windows_key, t), length, model.args))(updates)
@@ -593,20 +593,20 @@ def label_dataset(state: TrainState, observation: jax.Array, model: Model) -> La
     chunks = jnp.nonzero(is_read, size=num_rows * num_devices * size, fill_value=length)[0]
 
     @per_device(jax.P(), jax.P(), jax.P(), jax.P(), jax.P(None, "batch"))
-    def label_rows(params: Any, key: jax.Array, observation: jax.Array, count: jax.Array, chunks: jax.Array) -> Labels:
+    def label_rows(params: Any, key: jax.Array, data: Steps, count: jax.Array, chunks: jax.Array) -> Labels:
         """Each device labels one chunk of every row; chunks: its own [num_rows, 1, size]."""
 
         def label_chunk(i: jax.Array, labels: Labels) -> Labels:
             chunk_key = jax.random.fold_in(key, i * num_devices + jax.lax.axis_index("batch"))
-            new = make_labels(params, chunk_key, observation[chunks[i, 0]], model)
+            new = make_labels(params, chunk_key, jax.tree.map(lambda x: x[chunks[i, 0]], data), model)
             return jax.tree.map(lambda x, y: x.at[chunks[i, 0]].set(y, mode="drop"), labels, new)
 
-        shapes = jax.eval_shape(functools.partial(make_labels, model=model), params, key, observation)
+        shapes = jax.eval_shape(functools.partial(make_labels, model=model), params, key, data)
         labels = jax.lax.fori_loop(0, count, label_chunk, jax.tree.map(jnp.zeros_like, shapes))
         return jax.lax.psum(labels, "batch")
 
     key, count = jax.random.fold_in(labels_key, updates[0]), -(-is_read.sum() // (num_devices * size))
-    return label_rows(state.target_params, key, observation, count, chunks.reshape(num_rows, num_devices, size))
+    return label_rows(state.target_params, key, data, count, chunks.reshape(num_rows, num_devices, size))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -931,7 +931,7 @@ def main(args: Args) -> int:
     bar = tqdm(initial=step, total=args.total_steps, unit="update", disable=None if first else True, dynamic_ncols=True)
     say = functools.partial(bar.write, file=sys.stdout if first else io.StringIO())
     say(f"{run_dir}: {len(rows)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}")
-    labels = label_dataset(state, data.observation, model)
+    labels = label_dataset(state, data, model)
     compiled_updates = update_many.lower(state, np.int32(0), data, labels, model).compile()
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
     sums, logged_step, seconds, calls = dict[str, float](), step, 0.0, itertools.count()
@@ -948,7 +948,7 @@ def main(args: Args) -> int:
             break
         start = time.perf_counter()
         if step % args.target_update_interval == 0 and step != first_step:
-            labels = label_dataset(state, data.observation, model)
+            labels = label_dataset(state, data, model)
         count = min(args.updates_per_call, args.total_steps - step, *(every - step % every for every in intervals))
         state, metrics = compiled_updates(state, np.int32(count), data, labels)
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(metrics).items()}  # waits

@@ -425,16 +425,20 @@ def sampled_one_step_target(action: jax.Array, advantage: jax.Array, num_actions
     return jnp.sum(weight[..., None] * jax.nn.one_hot(action, num_actions), axis=-2)
 
 
-def improve_policy(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, model: Model) -> jax.Array:
-    """The improved policy [..., A] at states [..., S] with their prediction: p(a) = prior(a) exp(adv_g(s, a)) / Z."""
+def improve_policy(
+    params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, action: jax.Array, model: Model
+) -> tuple[jax.Array, jax.Array]:
+    """The improved policy at states [..., S] with their prediction, p(a) = prior(a) exp(adv_g(s, a)) / Z [..., A], and the
+    advantages adv_g(s, action) [...] of the data's actions [...]."""
     logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)
     if model.args.sampling:
         draws = (model.args.num_simulations, *value.shape)
-        action = jnp.moveaxis(jax.random.categorical(key, logits, shape=draws), 0, -1)  # [..., N]
-        advantage = one_step_advantage(params, state, value, action, model)
-        return sampled_one_step_target(action, advantage, model.num_actions)
-    action = jnp.broadcast_to(jnp.arange(model.num_actions), logits.shape)  # [..., A]
-    return jax.nn.softmax(logits + one_step_advantage(params, state, value, action, model))
+        samples = jnp.moveaxis(jax.random.categorical(key, logits, shape=draws), 0, -1)  # [..., N]
+        advantage = one_step_advantage(params, state, value, jnp.append(samples, action[..., None], axis=-1), model)
+        return sampled_one_step_target(samples, advantage[..., :-1], model.num_actions), advantage[..., -1]
+    every_action = jnp.broadcast_to(jnp.arange(model.num_actions), logits.shape)
+    advantage = one_step_advantage(params, state, value, every_action, model)
+    return jax.nn.softmax(logits + advantage), jnp.take_along_axis(advantage, action[..., None], axis=-1)[..., 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------- Loss
@@ -443,9 +447,9 @@ def improve_policy(params: Any, key: jax.Array, state: jax.Array, prediction: Pr
 class Labels(NamedTuple):
     """What the target parameters say of steps, with the leading axes of Steps."""
 
-    reward: jax.Array  # [...], predicted on the way into the step's state
     value: jax.Array  # [...]
     policy: jax.Array  # [..., A], improved
+    advantage: jax.Array  # [...], adv_g(s, a) of the data's action
 
 
 class Targets(NamedTuple):
@@ -458,14 +462,15 @@ class Targets(NamedTuple):
     behavior: jax.Array  # [B, K+1] bool, whether to clone the data's action
 
 
-def make_labels(target_params: Any, key: jax.Array, observation: jax.Array, model: Model) -> Labels:
-    """Labels [B, T] of the observations [B, T, 84, 84, 4] of windows; the improved policy [B, K+1, A] of the first K + 1."""
-    net = model.bind(target_params)
-    state = net.representation(observation)
+def make_labels(target_params: Any, key: jax.Array, batch: Steps, model: Model) -> Labels:
+    """Labels of windows [B, T]: the value [B, T]; the improved policy [B, K+1, A] and advantage [B, K+1] of the first K + 1."""
+    net, length = model.bind(target_params), model.args.unroll_steps + 1
+    state = net.representation(batch.observation)
     prediction = net.prediction(state)
-    first, first_prediction = jax.tree.map(lambda x: x[:, : model.args.unroll_steps + 1], (state, prediction))
-    policy = improve_policy(target_params, key, first, first_prediction, model)
-    return Labels(to_scalar(prediction.reward_logits), to_scalar(prediction.value_logits), policy)
+    first, first_prediction, action = jax.tree.map(lambda x: x[:, :length], (state, prediction, batch.action))
+    return Labels(
+        to_scalar(prediction.value_logits), *improve_policy(target_params, key, first, first_prediction, action, model)
+    )
 
 
 def n_step_return(batch: Steps, value: jax.Array, args: Args) -> jax.Array:
@@ -499,9 +504,6 @@ def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Ta
     restarted = jax.lax.cummax(batch.is_first[:, 1 : length + 1].astype(int), axis=1) == 1  # any is_first in 1..t+1
     first_end = batch.is_last[:, :length] & (jnp.cumsum(batch.is_last[:, :length], axis=1) == 1)
     cut_off = jax.lax.cummax((first_end & ~batch.is_terminal[:, :length]).astype(int), axis=1)  # 1 from a cut-off on
-    # The behaviour filter H(adv_t), H(x) = 1 for x >= 0, with the advantage at the observed next state.
-    now, after = labels.value[:, :length], slice(1, length + 1)
-    advantage = labels.reward[:, after] + args.discount * labels.value[:, after] - now
     return Targets(
         action=jnp.where(restarted[:, :k], random_actions(key, (len(ended), k), num_actions), batch.action[:, :k]),
         reward=jnp.where(restarted[:, :k], 0, batch.reward[:, :k]),
@@ -509,7 +511,7 @@ def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Ta
         policy=jnp.where(ended[..., None], 1 / num_actions, labels.policy[:, :length]),
         reward_weight=(1 - cut_off[:, :k]) / jnp.maximum(1 - cut_off[:, :k].mean(), 1e-6),
         weight=(1 - cut_off) / jnp.maximum(1 - cut_off.mean(), 1e-6),
-        behavior=(advantage >= 0) & ~restarted,
+        behavior=(labels.advantage[:, :length] >= 0) & ~restarted,  # the filter H(adv_g(s, a)), H(x) = 1 for x >= 0
     )
 
 
@@ -597,13 +599,13 @@ def update_windows(state: TrainState, windows: Steps, model: Model) -> tuple[Tra
     """One update on windows with history [B, 3 + T]."""
 
     @per_device(jax.P(), jax.P(), jax.P("batch"), out=jax.P("batch"))
-    def label(target_params: Any, key: jax.Array, observation: jax.Array) -> Labels:
+    def label(target_params: Any, key: jax.Array, batch: Steps) -> Labels:
         """Each device labels its share of the batch."""
-        return make_labels(target_params, jax.random.fold_in(key, jax.lax.axis_index("batch")), observation, model)
+        return make_labels(target_params, jax.random.fold_in(key, jax.lax.axis_index("batch")), batch, model)
 
     _, actions_key, labels_key = (jax.random.fold_in(key, state.step) for key in jax.random.split(state.key, 3))
     batch = stack_frames(windows)
-    return update(state, actions_key, batch, label(state.target_params, labels_key, batch.observation), model)
+    return update(state, actions_key, batch, label(state.target_params, labels_key, batch), model)
 
 
 # --------------------------------------------------------------------------------- Environments, acting and evaluation
@@ -650,9 +652,11 @@ def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> ja
     net = model.bind(params)
     state = net.representation(observation)
     prediction = net.prediction(state)
+    logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)
     if model.args.sampling:
-        return jax.random.categorical(key, prediction.policy_logits)
-    return jax.random.categorical(key, jnp.log(improve_policy(params, key, state, prediction, model)))
+        return jax.random.categorical(key, logits)
+    every_action = jnp.broadcast_to(jnp.arange(model.num_actions), logits.shape)
+    return jax.random.categorical(key, logits + one_step_advantage(params, state, value, every_action, model))
 
 
 def evaluate(

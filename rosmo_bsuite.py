@@ -341,16 +341,20 @@ def sampled_one_step_target(action: jax.Array, advantage: jax.Array, num_actions
     return jnp.sum(weight[..., None] * jax.nn.one_hot(action, num_actions), axis=-2)
 
 
-def improve_policy(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, model: Model) -> jax.Array:
-    """The improved policy [..., A] at states [..., S] with their prediction: p(a) = prior(a) exp(adv_g(s, a)) / Z."""
+def improve_policy(
+    params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, action: jax.Array, model: Model
+) -> tuple[jax.Array, jax.Array]:
+    """The improved policy at states [..., S] with their prediction, p(a) = prior(a) exp(adv_g(s, a)) / Z [..., A], and the
+    advantages adv_g(s, action) [...] of the data's actions [...]."""
     logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)
     if model.args.sampling:
         draws = (model.args.num_simulations, *value.shape)
-        action = jnp.moveaxis(jax.random.categorical(key, logits, shape=draws), 0, -1)  # [..., N]
-        advantage = one_step_advantage(params, state, value, action, model)
-        return sampled_one_step_target(action, advantage, model.num_actions)
-    action = jnp.broadcast_to(jnp.arange(model.num_actions), logits.shape)  # [..., A]
-    return jax.nn.softmax(logits + one_step_advantage(params, state, value, action, model))
+        samples = jnp.moveaxis(jax.random.categorical(key, logits, shape=draws), 0, -1)  # [..., N]
+        advantage = one_step_advantage(params, state, value, jnp.append(samples, action[..., None], axis=-1), model)
+        return sampled_one_step_target(samples, advantage[..., :-1], model.num_actions), advantage[..., -1]
+    every_action = jnp.broadcast_to(jnp.arange(model.num_actions), logits.shape)
+    advantage = one_step_advantage(params, state, value, every_action, model)
+    return jax.nn.softmax(logits + advantage), jnp.take_along_axis(advantage, action[..., None], axis=-1)[..., 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------- Loss
@@ -359,9 +363,9 @@ def improve_policy(params: Any, key: jax.Array, state: jax.Array, prediction: Pr
 class Labels(NamedTuple):
     """What the target parameters say of steps, with the leading axes of Steps."""
 
-    reward: jax.Array  # [...], predicted on the way into the step's state
     value: jax.Array  # [...]
     policy: jax.Array  # [..., A], improved
+    advantage: jax.Array  # [...], adv_g(s, a) of the data's action
 
 
 class Targets(NamedTuple):
@@ -374,13 +378,13 @@ class Targets(NamedTuple):
     behavior: jax.Array  # [B, K+1] bool, whether to clone the data's action
 
 
-def make_labels(target_params: Any, key: jax.Array, observation: jax.Array, model: Model) -> Labels:
-    """Labels [...] of observations [..., rows, columns]."""
+def make_labels(target_params: Any, key: jax.Array, steps: Steps, model: Model) -> Labels:
+    """Labels [...] of steps [...]."""
     net = model.bind(target_params)
-    state = net.representation(observation)
+    state = net.representation(steps.observation)
     prediction = net.prediction(state)
-    policy = improve_policy(target_params, key, state, prediction, model)
-    return Labels(to_scalar(prediction.reward_logits), to_scalar(prediction.value_logits), policy)
+    policy, advantage = improve_policy(target_params, key, state, prediction, steps.action, model)
+    return Labels(to_scalar(prediction.value_logits), policy, advantage)
 
 
 def n_step_return(batch: Steps, value: jax.Array, args: Args) -> jax.Array:
@@ -414,9 +418,6 @@ def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Ta
     restarted = jax.lax.cummax(batch.is_first[:, 1 : length + 1].astype(int), axis=1) == 1  # any is_first in 1..t+1
     first_end = batch.is_last[:, :length] & (jnp.cumsum(batch.is_last[:, :length], axis=1) == 1)
     cut_off = jax.lax.cummax((first_end & ~batch.is_terminal[:, :length]).astype(int), axis=1)  # 1 from a cut-off on
-    # The behaviour filter H(adv_t), H(x) = 1 for x >= 0, with the advantage at the observed next state.
-    now, after = labels.value[:, :length], slice(1, length + 1)
-    advantage = labels.reward[:, after] + args.discount * labels.value[:, after] - now
     return Targets(
         action=jnp.where(restarted[:, :k], random_actions(key, (len(ended), k), num_actions), batch.action[:, :k]),
         reward=jnp.where(restarted[:, :k], 0, batch.reward[:, :k]),
@@ -424,7 +425,7 @@ def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Ta
         policy=jnp.where(ended[..., None], 1 / num_actions, labels.policy[:, :length]),
         reward_weight=(1 - cut_off[:, :k]) / jnp.maximum(1 - cut_off[:, :k].mean(), 1e-6),
         weight=(1 - cut_off) / jnp.maximum(1 - cut_off.mean(), 1e-6),
-        behavior=(advantage >= 0) & ~restarted,
+        behavior=(labels.advantage[:, :length] >= 0) & ~restarted,  # the filter H(adv_g(s, a)), H(x) = 1 for x >= 0
     )
 
 
@@ -508,9 +509,9 @@ def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, mode
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def label_dataset(state: TrainState, observation: jax.Array, model: Model) -> Labels:
+def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
     """Labels [N], made once a step, of the steps that windows read before the next target copy; zeros for the others."""
-    length, interval, num_devices, size = len(observation), model.args.target_update_interval, jax.device_count(), 1024
+    length, interval, num_devices, size = len(data.action), model.args.target_update_interval, jax.device_count(), 1024
     updates = state.step - state.step % interval + jnp.arange(interval)
     windows_key, _, labels_key = jax.random.split(state.key, 3)
     windows = jax.vmap(lambda t: sample_windows(jax.random.fold_in(windows_key, t), length, model.args))(updates)
@@ -519,20 +520,20 @@ def label_dataset(state: TrainState, observation: jax.Array, model: Model) -> La
     chunks = jnp.nonzero(is_read, size=num_rows * num_devices * size, fill_value=length)[0]
 
     @per_device(jax.P(), jax.P(), jax.P(), jax.P(), jax.P(None, "batch"))
-    def label_rows(params: Any, key: jax.Array, observation: jax.Array, count: jax.Array, chunks: jax.Array) -> Labels:
+    def label_rows(params: Any, key: jax.Array, data: Steps, count: jax.Array, chunks: jax.Array) -> Labels:
         """Each device labels one chunk of every row; chunks: its own [num_rows, 1, size]."""
 
         def label_chunk(i: jax.Array, labels: Labels) -> Labels:
             chunk_key = jax.random.fold_in(key, i * num_devices + jax.lax.axis_index("batch"))
-            new = make_labels(params, chunk_key, observation[chunks[i, 0]], model)
+            new = make_labels(params, chunk_key, jax.tree.map(lambda x: x[chunks[i, 0]], data), model)
             return jax.tree.map(lambda x, y: x.at[chunks[i, 0]].set(y, mode="drop"), labels, new)
 
-        shapes = jax.eval_shape(functools.partial(make_labels, model=model), params, key, observation)
+        shapes = jax.eval_shape(functools.partial(make_labels, model=model), params, key, data)
         labels = jax.lax.fori_loop(0, count, label_chunk, jax.tree.map(jnp.zeros_like, shapes))
         return jax.lax.psum(labels, "batch")
 
     key, count = jax.random.fold_in(labels_key, updates[0]), -(-is_read.sum() // (num_devices * size))
-    return label_rows(state.target_params, key, observation, count, chunks.reshape(num_rows, num_devices, size))
+    return label_rows(state.target_params, key, data, count, chunks.reshape(num_rows, num_devices, size))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -608,9 +609,11 @@ def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> ja
     net = model.bind(params)
     state = net.representation(observation)
     prediction = net.prediction(state)
+    logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)
     if model.args.sampling:
-        return jax.random.categorical(key, prediction.policy_logits)
-    return jax.random.categorical(key, jnp.log(improve_policy(params, key, state, prediction, model)))
+        return jax.random.categorical(key, logits)
+    every_action = jnp.broadcast_to(jnp.arange(model.num_actions), logits.shape)
+    return jax.random.categorical(key, logits + one_step_advantage(params, state, value, every_action, model))
 
 
 def evaluate(state: TrainState, model: Model, meta: dict[str, Any], stopped_by: Sequence[int] = ()) -> dict[str, Any]:
@@ -860,7 +863,7 @@ def main(args: Args) -> int:
     bar = tqdm(initial=step, total=args.total_steps, unit="update", disable=None if first else True, dynamic_ncols=True)
     say = functools.partial(bar.write, file=sys.stdout if first else io.StringIO())
     say(f"{run_dir}: {len(rows)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}")
-    labels = label_dataset(state, data.observation, model)
+    labels = label_dataset(state, data, model)
     compiled_updates = update_many.lower(state, np.int32(0), data, labels, model).compile()
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
     sums, logged_step, seconds, calls = dict[str, float](), step, 0.0, itertools.count()
@@ -877,7 +880,7 @@ def main(args: Args) -> int:
             break
         start = time.perf_counter()
         if step % args.target_update_interval == 0 and step != first_step:
-            labels = label_dataset(state, data.observation, model)
+            labels = label_dataset(state, data, model)
         count = min(args.updates_per_call, args.total_steps - step, *(every - step % every for every in intervals))
         state, metrics = compiled_updates(state, np.int32(count), data, labels)
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(metrics).items()}  # waits

@@ -28,18 +28,22 @@ from data.record_bsuite import record_if_missing
 Method = Literal[
     "ROSMO", "one-step, no regularisation", "filtered cloning",
     "MuZero Unplugged", "MZU-Q", "Gumbel MuZero", "labels of every window",
-    "ROSMO, recorded rewards", "filtered cloning, recorded rewards",
+    "ROSMO, authors' filter", "ROSMO, recorded reward", "filtered cloning, authors' filter",
+    "filtered cloning, recorded reward",
 ]  # fmt: skip
+CLONING = {"policy-coef": 0.0, "sampling": True}  # it acts as its policy says
 METHODS: dict[Method, tuple[str, dict[str, Any]]] = {  # a script and its flags
     "ROSMO": ("rosmo_bsuite", {}),
     "one-step, no regularisation": ("rosmo_bsuite", {"behavior-coef": 0.0}),
-    "filtered cloning": ("rosmo_bsuite", {"policy-coef": 0.0, "sampling": True}),  # it acts as its policy says
+    "filtered cloning": ("rosmo_bsuite", CLONING),
     "MuZero Unplugged": ("muzero_unplugged_bsuite", {}),
     "MZU-Q": ("muzero_unplugged_bsuite", {"policy-target": "mzu_q"}),
     "Gumbel MuZero": ("muzero_unplugged_bsuite", {"policy-target": "gumbel"}),
     "labels of every window": ("benchmark.window_labels", {}),
-    "ROSMO, recorded rewards": ("benchmark.recorded_rewards", {}),
-    "filtered cloning, recorded rewards": ("benchmark.recorded_rewards", {"policy-coef": 0.0, "sampling": True}),
+    "ROSMO, authors' filter": ("benchmark.behavior_filter", {"filter": "authors"}),
+    "ROSMO, recorded reward": ("benchmark.behavior_filter", {"filter": "recorded"}),
+    "filtered cloning, authors' filter": ("benchmark.behavior_filter", {"filter": "authors"} | CLONING),
+    "filtered cloning, recorded reward": ("benchmark.behavior_filter", {"filter": "recorded"} | CLONING),
 }
 BATCH_SIZE = 512  # the paper's, and the scripts' own
 

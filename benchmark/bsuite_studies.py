@@ -58,7 +58,7 @@ STUDIES = {
     ),
     "reward": Study(
         "fraction of the episodes", "data-fraction", FRACTION, (0.05, 0.2),
-        methods=("ROSMO", "ROSMO, recorded rewards"), updates=(("catch", 50_000),),
+        methods=("ROSMO", "ROSMO, authors' filter", "ROSMO, recorded reward"),
     ),
     "budget": Study(
         "simulations per search", "num-simulations", 20, (2, 4, 8, 16, 32),

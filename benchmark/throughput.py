@@ -57,7 +57,7 @@ def bsuite(script: Any, args: Any, model: Any, shape: tuple[int, ...]) -> None:
     state = script.init_state(shape, model)
 
     start = time.perf_counter()
-    labels = jax.block_until_ready(script.label_dataset(state, data.observation, model))
+    labels = jax.block_until_ready(script.label_dataset(state, data, model))
     compiled = script.update_many.lower(state, np.int32(0), data, labels, model).compile()
     compile_seconds = time.perf_counter() - start
 
@@ -71,7 +71,7 @@ def bsuite(script: Any, args: Any, model: Any, shape: tuple[int, ...]) -> None:
             state, metrics = compiled(state, np.int32(args.updates_per_call), data, labels)
             jax.tree.map(float, metrics)
         update_ms.append((time.perf_counter() - start) / (calls * args.updates_per_call) * 1e3)
-        label_ms.append(timed(script.label_dataset, state, data.observation, model) * 1e3 / args.target_update_interval)
+        label_ms.append(timed(script.label_dataset, state, data, model) * 1e3 / args.target_update_interval)
         evaluation_s.append(timed(script.evaluate, state, model, meta))
     total_ms = [update + label for update, label in zip(update_ms, label_ms, strict=True)]
     evaluation_ms = np.median(evaluation_s) * 1e3 / args.eval_interval

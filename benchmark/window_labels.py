@@ -12,16 +12,16 @@ from muzero_unplugged_bsuite import Labels, Model, Steps, TrainState
 shared_labels_update = script.update
 
 
-def label_nothing(state: TrainState, observation: jax.Array, model: Model) -> Labels:
+def label_nothing(state: TrainState, data: Steps, model: Model) -> Labels:
     """Labels [N] that nobody reads."""
-    return Labels(jnp.zeros(len(observation)), jnp.zeros((len(observation), model.num_actions)))
+    return Labels(jnp.zeros(len(data.action)), jnp.zeros((len(data.action), model.num_actions)))
 
 
 def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
     """One update on windows [B, T], which are labelled first."""
-    observation = batch.observation.reshape(-1, *batch.observation.shape[2:])
+    steps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
     labels_key = jax.random.fold_in(jax.random.split(state.key, 3)[2], state.step)
-    new = script.make_labels(state.target_params, labels_key, observation, model)
+    new = script.make_labels(state.target_params, labels_key, steps, model)
     labels = jax.tree.map(lambda x: x.reshape(*batch.action.shape, *x.shape[1:]), new)
     return shared_labels_update(state, key, batch, labels, model)
 

@@ -105,9 +105,9 @@ def dataset(script: Any, lengths: list[int], **fields: Any) -> Any:
 
 def random_labels(script: Any, *lead: int, num_actions: int = 3) -> Any:
     random = np.random.default_rng(2)
-    reward, value = (jnp.asarray(10 * random.normal(size=lead), jnp.float32) for _ in range(2))
+    value, advantage = (jnp.asarray(10 * random.normal(size=lead), jnp.float32) for _ in range(2))
     policy = jnp.asarray(random.dirichlet(np.ones(num_actions), size=lead), jnp.float32)
-    return filled(script.Labels, reward=reward, value=value, policy=policy)
+    return filled(script.Labels, value=value, policy=policy, advantage=advantage)
 
 
 def train_state(script: Any, model: Any, step: int = 0) -> Any:
@@ -255,11 +255,11 @@ def test_bfloat16_is_the_networks_only(script):
     if is_atari(script):
         windows = jax.tree.map(lambda x: x[:28].reshape(4, 7, *x.shape[1:]), dataset(script, [13, 20]))
         windows = windows._replace(observation=jnp.zeros((4, 7, 84, 84), jnp.uint8))
-        labels = script.make_labels, (params, KEY, observations(script, 1, 4))
+        labels = script.make_labels, (params, KEY, windows._replace(observation=observations(script, 4, 7)))
         update = script.update_windows, (state, windows)
     else:
         data = dataset(script, [13, 20])
-        labels = script.label_dataset, (state, data.observation)
+        labels = script.label_dataset, (state, data)
         update = script.update_many, (state, jnp.int32(1), data, random_labels(script, len(data.action)))
     for function, arguments in (labels, update):
         result = jax.eval_shape(functools.partial(function, model=model), *arguments)
@@ -307,9 +307,11 @@ def roots(script: Any, number: int) -> Roots:
 
 
 def test_one_step_policy_at_another_discount():
-    root = roots(rosmo, 64)
+    root, action = roots(rosmo, 64), jnp.arange(64) % 3
     improve_policy = jax.jit(rosmo.improve_policy, static_argnames="model")
-    assert_close(improve_policy(root.params, KEY, root.state, root.prediction, model=small_model(rosmo)), root.improved())
+    policy, advantage = improve_policy(root.params, KEY, root.state, root.prediction, action, model=small_model(rosmo))
+    assert_close(policy, root.improved())
+    assert_close(advantage, (root.q - root.value[:, None])[np.arange(64), action], rtol=1e-3)
     assert np.abs(root.improved() - root.prior).max() > 0.3
 
 
@@ -325,7 +327,12 @@ def test_sampled_policy_is_of_draws_from_the_prior():
     state, prediction = jax.tree.map(lambda x: jnp.repeat(x[at][None], 3000, axis=0), (root.state, root.prediction))
     model = small_model(rosmo, sampling=True, num_simulations=2)
     improve_policy = jax.jit(functools.partial(rosmo.improve_policy, model=model))
-    ours, others = (np.asarray(improve_policy(root.params, jax.random.PRNGKey(i), state, prediction)) for i in range(2))
+    action = jnp.arange(3000) % 3
+    (ours, advantage), (others, _) = (
+        jax.tree.map(np.asarray, improve_policy(root.params, jax.random.PRNGKey(i), state, prediction, action))
+        for i in range(2)
+    )
+    assert_close(advantage, np.tile(q - value, 1000), rtol=1e-3)
     distance = np.abs(ours[:, None, None] - targets).max(axis=-1).reshape(len(ours), -1)
     assert distance.min(axis=1).max() < 1e-3 and not np.array_equal(ours, others)
     pairs = [(i, j) for i in range(3) for j in range(i, 3)]
@@ -525,8 +532,7 @@ def expected_targets(batch: Any, labels: Any, drawn: np.ndarray, args: Any) -> d
             value[b, t] = sum(args.discount**i * batch.reward[b, t + i] for i in range(steps))
             if not batch.is_terminal[b, t + steps]:
                 value[b, t] += args.discount**steps * labels.value[b, t + steps]
-        advantage = labels.reward[b, t + 1] + args.discount * labels.value[b, t + 1] - labels.value[b, t]
-        behavior[b, t] = advantage >= 0 and not restarted
+        behavior[b, t] = labels.advantage[b, t] >= 0 and not restarted
     weights = {"reward_weight": known[:, :k] / known[:, :k].mean(), "weight": known / known.mean()}
     return {"action": action, "reward": reward, "value": value, "policy": policy, "behavior": behavior} | weights
 
@@ -719,7 +725,7 @@ def test_draws_of_updates(monkeypatch):
 
 
 @pytest.mark.parametrize("script", ALL)
-def test_labels_of_observations(script, monkeypatch):
+def test_labels_of_steps(script, monkeypatch):
     """What the given parameters predict; the policy, and MuZero Unplugged's value, of the improvement with the given key."""
     root, model, asked = roots(script, 6), small_model(script), []
     policy, value, lead = root.prior[::-1], jnp.arange(6.0), (2, 3) if is_atari(script) else (6,)
@@ -728,21 +734,22 @@ def test_labels_of_observations(script, monkeypatch):
         asked.append((params, key, state, prediction))
         return script.Search(action=None, policy=policy, value=value)
 
-    def improve_policy(params: Any, key: jax.Array, state: jax.Array, prediction: Any, model: Any) -> Any:
+    def improve_policy(params: Any, key: Any, state: Any, prediction: Any, action: jax.Array, model: Any) -> Any:
         asked.append((params, key, state, prediction))
-        return policy.reshape(*lead, -1)
+        return policy.reshape(*lead, -1), 10.0 + action
 
     replaced = search if hasattr(script, "search") else improve_policy
     monkeypatch.setattr(script, replaced.__name__, replaced)
     make_labels = jax.jit(lambda *arguments: (script.make_labels(*arguments, model), *asked))
-    observation = root.observation.reshape(*lead, *root.observation.shape[1:])
-    labels, (params, key, state, prediction) = make_labels(root.params, KEY, observation)
+    played = jax.tree.map(lambda x: x[:6].reshape(*lead, *x.shape[1:]), dataset(script, [9]))
+    played = played._replace(observation=root.observation.reshape(*lead, *root.observation.shape[1:]))
+    labels, (params, key, state, prediction) = make_labels(root.params, KEY, played)
     assert same((params, key), (root.params, KEY))
     assert_close(state.reshape(root.state.shape), root.state, rtol=1e-3)
     assert_close(prediction.policy_logits.reshape(policy.shape), root.prediction.policy_logits, rtol=1e-3)
     assert_close(labels.policy.reshape(policy.shape), policy)
     if replaced is improve_policy:
-        assert_close(labels.reward.ravel(), script.to_scalar(root.prediction.reward_logits), rtol=1e-3)
+        assert np.array_equal(labels.advantage, 10 + played.action) and np.unique(played.action).size == 3
         value = root.value
     assert labels.value.shape == lead
     assert_close(labels.value.ravel(), value, rtol=1e-3)
@@ -752,11 +759,9 @@ def test_labels_of_a_dataset_are_the_target_parameters():
     """Of the steps that the interval's windows read; zeros elsewhere."""
     model = small_model(rosmo, seed=12, batch_size=4, target_update_interval=2)
     state, data = train_state(rosmo, model, 6), dataset(rosmo, [80])
-    labels = rosmo.label_dataset(state, data.observation, model)
+    labels = rosmo.label_dataset(state, data, model)
     make_labels = jax.jit(rosmo.make_labels, static_argnames="model")
-    expected, online = (
-        make_labels(params, KEY, data.observation, model=model) for params in (state.target_params, state.params)
-    )
+    expected, online = (make_labels(params, KEY, data, model=model) for params in (state.target_params, state.params))
     windows_key = jax.random.split(state.key, 3)[0]
     windows = [rosmo.sample_windows(jax.random.fold_in(windows_key, step), 80, model.args) for step in (6, 7)]
     read = np.isin(np.arange(80), np.array(windows))
@@ -770,15 +775,15 @@ def test_labels_of_a_dataset_are_the_target_parameters():
 def test_draws_of_labels(monkeypatch):
     """No two steps of a dataset that takes several calls a device, and no two intervals, draw the same; two updates do."""
     model = small_model(rosmo, seed=13, batch_size=600, target_update_interval=4)
-    observation = jnp.zeros((5000, 2, 2))
+    data = dataset(rosmo, [5000])
 
-    def make_labels(params: Any, key: jax.Array, observation: jax.Array, model: Any) -> Any:
-        x = jax.random.uniform(key, (len(observation), 3), minval=1.0, maxval=2.0)
-        return filled(rosmo.Labels, reward=x[:, 0], value=x[:, 1], policy=x)
+    def make_labels(params: Any, key: jax.Array, steps: Any, model: Any) -> Any:
+        x = jax.random.uniform(key, (len(steps.action), 3), minval=1.0, maxval=2.0)
+        return filled(rosmo.Labels, value=x[:, 1], policy=x, advantage=x[:, 0])
 
     monkeypatch.setattr(rosmo, "make_labels", make_labels)
     states = [train_state(rosmo, model, step) for step in (0, 3, 4)]
-    drawn = [np.asarray(rosmo.label_dataset(state, observation, model).policy) for state in states]
+    drawn = [np.asarray(rosmo.label_dataset(state, data, model).policy) for state in states]
     assert np.array_equal(drawn[0], drawn[1])
     both = np.concatenate([drawn[0], drawn[2]])
     both = both[both[:, 0] > 0]
@@ -791,10 +796,10 @@ def test_draws_and_labels_of_an_atari_update(monkeypatch):
     model = small_model(rosmo_atari, seed=14)
     keys, (windows_key, *_) = list[int](), jax.random.split(KEY, 3)
 
-    def make_labels(params: Any, key: jax.Array, observation: jax.Array, model: Any) -> Any:
-        lead, kernel = observation.shape[:2], params["params"]["with_action"]["kernel"]
-        reward, value = (jnp.broadcast_to(x, lead) for x in (kernel[0, 0, 0, 0], key[1]))
-        return filled(rosmo_atari.Labels, reward=reward, value=value, policy=observation[..., 0, 0, :])
+    def make_labels(params: Any, key: jax.Array, batch: Any, model: Any) -> Any:
+        lead, kernel = batch.action.shape, params["params"]["with_action"]["kernel"]
+        advantage, value = (jnp.broadcast_to(x, lead) for x in (kernel[0, 0, 0, 0], key[1]))
+        return filled(rosmo_atari.Labels, value=value, policy=batch.observation[..., 0, 0, :], advantage=advantage)
 
     def update(state: Any, key: jax.Array, batch: Any, labels: Any, model: Any) -> tuple[Any, dict]:
         return state._replace(step=state.step + 1), {"key": key, "labels": labels, "action": batch.action}
@@ -809,7 +814,7 @@ def test_draws_and_labels_of_an_atari_update(monkeypatch):
         kernel = np.asarray(state.target_params["params"]["with_action"]["kernel"])
         after, drawn = rosmo_atari.update_windows(state, windows._replace(observation=frames), model)
         labels = drawn["labels"]
-        assert int(after.step) == step + 1 and np.all(labels.reward == kernel[0, 0, 0, 0])
+        assert int(after.step) == step + 1 and np.all(labels.advantage == kernel[0, 0, 0, 0])
         assert np.array_equal(drawn["action"], windows.action[:, 3:])
         assert np.array_equal(labels.policy[0], np.arange(10, 14)[:, None] + np.arange(4))
         others = [
@@ -838,7 +843,7 @@ def test_labels_are_made_anew_for_every_interval(catch_dataset, tmp_path, monkey
             return state._replace(step=state.step + count), metrics
 
     monkeypatch.setattr(rosmo, "update_many", Updates())
-    monkeypatch.setattr(rosmo, "label_dataset", lambda state, observation, model: int(state.step) // 20)
+    monkeypatch.setattr(rosmo, "label_dataset", lambda state, data, model: int(state.step) // 20)
     monkeypatch.setattr(rosmo, "evaluate", lambda *_: {"eval/return_mean": 0.0})
     flags = ["--data-dir", catch_dataset, *SMALL, "--target-update-interval", 20, "--log-interval", 30]
     assert programs.run(rosmo, [*flags, "--total-steps", 33, "--run-dir", tmp_path / "run"]) == 0
@@ -951,7 +956,9 @@ def test_variants_label_and_act(script, flags):
     """Shapes only; what a variant changes is above."""
     model = small_model(script, **flags)
     params, lead = parameter_shapes(model), (2, 4) if is_atari(script) else (5,)
-    labels = jax.eval_shape(functools.partial(script.make_labels, model=model), params, KEY, observations(script, *lead))
+    played = dataset(script, [8])
+    played = jax.tree.map(lambda x: x[: np.prod(lead)].reshape(*lead, *x.shape[1:]), played)
+    labels = jax.eval_shape(functools.partial(script.make_labels, model=model), params, KEY, played)
     improved = (2, 3) if script is rosmo_atari else lead
     assert labels.value.shape == lead and labels.policy.shape == (*improved, model.num_actions)
     action = jax.eval_shape(functools.partial(script.act, model=model), params, KEY, observations(script, 5))

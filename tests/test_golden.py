@@ -56,6 +56,19 @@ class Case(NamedTuple):
 
             monkeypatch.setattr(self.script, "search", search)
 
+    def with_their_filter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Replaces the advantage in the behaviour filter by the authors', at the encoding of the observed next state."""
+        make_labels, model = self.script.make_labels, self.model
+
+        def labels_with_their_filter(target_params, key, batch, _):
+            labels, net = make_labels(target_params, key, batch, model), model.bind(target_params)
+            prediction = net.prediction(net.representation(batch.observation))
+            reward, value = (self.script.to_scalar(x) for x in (prediction.reward_logits, prediction.value_logits))
+            return labels._replace(advantage=reward[:, 1:] + model.args.discount * value[:, 1:] - value[:, :-1])
+
+        if not self.config["mcts"]:
+            monkeypatch.setattr(self.script, "make_labels", labels_with_their_filter)
+
 
 def bsuite_case(name: str, script: Any) -> Case:
     golden, config = golden_numbers.load(name)
@@ -149,7 +162,8 @@ def test_one_step_target(case):
     advantage = script.one_step_advantage(params, state, script.to_scalar(prediction.value_logits), action, case.model)
     assert relative(advantage, case.golden["one_step_advantage"]) < 1e-4
     # The authors' inverse transform loses 4 of float32's 7 digits to cancellation, ours none.
-    target = script.improve_policy(params, KEY, state, prediction, case.model)
+    target, of_data = script.improve_policy(params, KEY, state, prediction, action[:, 1], case.model)
+    assert np.array_equal(of_data, advantage[:, 1])
     np.testing.assert_allclose(target, case.golden["one_step_policy"], atol=2e-4)
 
 
@@ -185,7 +199,7 @@ def test_search(case, num_simulations, search_depth, capsys):
 def statistics_of(case: Case, params: Any, target_params: Any, batch: Any) -> dict[str, jax.Array]:
     """What the authors' learner logged beside its losses, computed from the script's functions."""
     script, args, model = case.script, case.model.args, case.model
-    labels = script.make_labels(target_params, KEY, batch.observation, model)
+    labels = script.make_labels(target_params, KEY, batch, model)
     targets = script.make_targets(KEY, batch, labels, args)
     net = model.bind(params)
     states = [net.representation(batch.observation[:, 0])]
@@ -217,6 +231,7 @@ def test_six_updates(case, monkeypatch, capsys):
     Six updates cover the warm-up (three), the decay mask and three copies to the target parameters.
     """
     case.with_same_randomness(monkeypatch)
+    case.with_their_filter(monkeypatch)
     script, args, golden = case.script, case.model.args, case.golden
     params = case.parameters("params0")
     state = script.TrainState(
@@ -226,7 +241,7 @@ def test_six_updates(case, monkeypatch, capsys):
     @jax.jit
     def step(state, batch):
         statistics = statistics_of(case, state.params, state.target_params, batch)
-        labels = script.make_labels(state.target_params, KEY, batch.observation, case.model)
+        labels = script.make_labels(state.target_params, KEY, batch, case.model)
         after, metrics = script.update(state, KEY, batch, labels, case.model)
         statistics["update_norm"] = optax.tree.norm(jax.tree.map(jnp.subtract, after.params, state.params))
         return after, statistics | {name if "norm" in name else f"{name}_mean": value for name, value in metrics.items()}

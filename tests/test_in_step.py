@@ -56,9 +56,9 @@ ALGORITHMS: dict = {
         "act": "acting: the search's action in place of the improved policy's",
     },
     "without": {
-        "Labels": ("reward: ", f"{BEHAVIOR}, whose filter needs the reward's label"),
+        "Labels": ("advantage: ", f"{BEHAVIOR}, whose filter needs the advantage"),
         "Targets": ("behavior: ", BEHAVIOR),
-        "make_targets": ("behavio|advantage|now, after", BEHAVIOR),
+        "make_targets": ("behavior", BEHAVIOR),
         "loss": ("behavior", BEHAVIOR),
     },
     "fields": {
