@@ -463,7 +463,7 @@ class Targets(NamedTuple):
 
 
 def make_labels(target_params: Any, key: jax.Array, batch: Steps, model: Model) -> Labels:
-    """Labels of windows [B, T]: the value [B, T]; the improved policy [B, K+1, A] and advantage [B, K+1] of the first K + 1."""
+    """Labels of windows [B, T]: values [B, T]; of the first K + 1 steps policies [B, K+1, A] and advantages [B, K+1]."""
     net, length = model.bind(target_params), model.args.unroll_steps + 1
     state = net.representation(batch.observation)
     prediction = net.prediction(state)

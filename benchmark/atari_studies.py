@@ -51,7 +51,7 @@ def settings_of(study: str, size: str) -> list[Setting]:
         return [
             Setting("ROSMO", None, rosmo, {}),
             Setting("MuZero Unplugged", None, mzu, {}),
-            Setting("filtered behaviour cloning", None, rosmo, {"policy-coef": 0.0, "sampling": True}),
+            Setting("filtered cloning", None, rosmo, {"policy-coef": 0.0, "sampling": True}),
         ]
     if study == "budget":
         return [
@@ -113,16 +113,16 @@ def draw_comparison(args: Args, rows: list[dict], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, games, unit) in zip(axes.flat, panels, strict=False):
-        for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-            mine = [row for row in rows if row["method"] == method]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine, color = [row for row in rows if row["method"] == method], studies.STYLES[method][0]
             steps = sorted({row["step"] for row in mine})
             at = {step: [row for row in mine if row["step"] == step] for step in steps}
             scores = [studies.scores_of(at[step], games, lambda run: run[0]["normalized_score"]) for step in steps]
             middle, low, high = np.array([estimate(each) for each in scores]).T
             hours = [np.median([row["update_seconds"] for row in at[step]]) / 3600 for step in steps]
             xs = steps if unit == "step" else hours
-            axis.plot(xs, middle, color=f"C{i}", marker="o", markersize=3, label=method)
-            axis.fill_between(xs, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+            axis.plot(xs, middle, color=color, marker="o", markersize=3, label=method)
+            axis.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
         for style, (name, returns) in zip(("-", "--", "-.", ":", (0, (1, 4))), references.items(), strict=False):
             level = estimate(np.array([[normalized(game, returns[game]) for game in games]]))[0]
             axis.axhline(level, color="gray", linestyle=style, linewidth=1, label=name)

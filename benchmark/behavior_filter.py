@@ -9,7 +9,7 @@ Takes the script's flags too. The authors' reward head is never trained on encod
 import functools
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Args(script.Args):
 def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
     """Labels [N] with the filter's advantage in place of adv_g. It counts at steps whose next step windows read too."""
     labels, reward = label_dataset_by_model(state, data, model), data.reward
-    if model.args.filter == "authors":
+    if cast(Args, model.args).filter == "authors":
         net = model.bind(state.target_params)
         prediction = net.prediction(net.representation(data.observation))
         reward = jnp.roll(script.to_scalar(prediction.reward_logits), -1)

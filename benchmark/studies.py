@@ -26,6 +26,14 @@ from data.dataset import InputError, open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOTSTRAPS = 2000  # resamplings of an interval estimate
+FEWEST = 9  # runs of which a 95 % interval is shown; it covers 87 % then, see benchmark/README.md
+STYLES = {  # of the methods, in all figures
+    "ROSMO": ("C0", "-"), "ROSMO, authors' filter": ("C0", "--"), "ROSMO, recorded reward": ("C0", ":"),
+    "ROSMO, sampled": ("C0", "-."), "one-step, no regularisation": ("C1", "-"), "filtered cloning": ("C2", "-"),
+    "filtered cloning, authors' filter": ("C2", "--"), "filtered cloning, recorded reward": ("C2", ":"),
+    "MuZero Unplugged": ("C3", "-"), "labels of every window": ("C3", "--"), "MZU-Q": ("C4", "-"),
+    "Gumbel MuZero": ("C5", "-"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +233,21 @@ def interval_estimates(scores: dict[str, np.ndarray]) -> dict[str, tuple[float, 
     return {name: (float(means[name][0]), float(low), float(high)) for name, ((low,), (high,)) in intervals.items()}
 
 
+def spread(scores: np.ndarray) -> tuple[float, float, float]:
+    """The middle and the spread of scores [seeds, tasks].
+
+    Of nine runs or more the interquartile mean and its 95 % interval; of fewer the mean, and the range of the seeds' means.
+    """
+    if scores.size >= FEWEST:
+        return interval_estimates({"": scores})[""]
+    seeds = scores.mean(axis=1)
+    return float(seeds.mean()), float(seeds.min()), float(seeds.max())
+
+
+def name_of_spread(num_runs: int) -> str:
+    return "95 % interval" if num_runs >= FEWEST else "range of the seeds"
+
+
 def final_score(evaluations: list[dict]) -> float:
     """A run's score: the mean of the normalised scores in its second half. evaluations: rows of its table."""
     in_order = sorted(evaluations, key=lambda row: row["step"])
@@ -239,46 +262,78 @@ def runs_of(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
     return runs
 
 
-def scores_of(rows: list[dict], tasks: Sequence[str], value: Callable[[list[dict]], float] = final_score) -> np.ndarray:
-    """One number a run, [seeds, tasks], from the rows of one setting."""
+def scores_of(rows: list[dict], tasks: Sequence[str], value: Callable[[list[dict]], Any] = final_score) -> np.ndarray:
+    """One value a run, [seeds, tasks], from the rows of one setting."""
     runs = runs_of(rows)
     return np.array([[value(runs[task, seed]) for task in tasks] for seed in sorted({seed for _, seed in runs})])
 
 
-def draw(rows: list[dict], tasks: Sequence[str], label: str, path: Path) -> dict[tuple[str, str], np.ndarray]:
-    """Draws the runs' scores with their intervals against x, a panel for each task, and one for all if there are several.
+def panels_of(rows: list[dict], tasks: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """The tasks of each panel of a figure, "all" first if there are several, and the panels' titles, with their spread."""
+    panels = ({"all": tuple(tasks)} if len(tasks) > 1 else {}) | {task: (task,) for task in tasks}
+    seeds = len({row["seed"] for row in rows})
+    return panels, {name: f"{name} ({name_of_spread(seeds * len(some))})" for name, some in panels.items()}
 
-    Returns the estimates [places, 3] by panel ("all" or a task) and method.
+
+def draw(rows: list[dict], tasks: Sequence[str], label: str, path: Path) -> dict[tuple[str, str], dict[Any, tuple]]:
+    """Draws the runs' scores with their spread against x, a panel for each task, and one for all if there are several.
+
+    Returns middle, low and high by panel ("all" or a task) and method, then by x.
     """
-    panels = ({"all": tasks} if len(tasks) > 1 else {}) | {task: (task,) for task in tasks}
+    panels, titles = panels_of(rows, tasks)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     places = sorted({row["x"] for row in rows if row["x"] is not None})
-    drawn: dict[tuple[str, str], np.ndarray] = {}
+    drawn: dict[tuple[str, str], dict[Any, tuple]] = {}
     size = (4 * len(panels), 3.6)
     figure, (axes,) = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (title, some) in zip(axes, panels.items(), strict=True):
         for i, method in enumerate(methods):
-            mine = [row for row in rows if row["method"] == method]
-            xs = [x for x in places if any(row["x"] == x for row in mine)]
-            scores = {str(x): scores_of([row for row in mine if row["x"] == x], some) for x in xs or [None]}
-            drawn[title, method] = np.array(list(interval_estimates(scores).values()))
-            middle, low, high = drawn[title, method].T
-            if xs:
+            mine, (color, style) = [row for row in rows if row["method"] == method], STYLES[method]
+            xs = sorted({row["x"] for row in mine}) if mine[0]["x"] is not None else [None]
+            drawn[title, method] = {x: spread(scores_of([row for row in mine if row["x"] == x], some)) for x in xs}
+            middle, low, high = np.array(list(drawn[title, method].values())).T
+            if xs != [None]:
                 beside = np.array(xs) * 1.03 ** (i - (len(methods) - 1) / 2)  # so that intervals do not cover each other
                 error = (middle - low, high - middle)
-                axis.errorbar(beside, middle, error, color=f"C{i}", marker="o", capsize=3, label=method)
+                axis.errorbar(beside, middle, error, color=color, linestyle=style, marker="o", capsize=3, label=method)
             else:  # a level to compare with
-                axis.axhline(middle[0], color=f"C{i}", linestyle="--", label=method)
-                axis.axhspan(low[0], high[0], color=f"C{i}", alpha=0.15, linewidth=0)
+                axis.axhline(middle[0], color=color, linestyle="--", label=method)
+                axis.axhspan(low[0], high[0], color=color, alpha=0.15, linewidth=0)
         if places[0] > 0:
             axis.set_xscale("log")
         axis.set_xticks(places, [f"{x:g}" for x in places])
         axis.minorticks_off()
-        axis.set_title(title)
+        axis.set_title(titles[title])
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("normalised score (IQM, 95 % interval)")
+    axes[0].set_ylabel("normalised score")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return drawn
+
+
+def draw_curves(rows: list[dict], tasks: Sequence[str], path: Path) -> None:
+    """Draws the scores against updates: a panel for each task, its seeds thin and their mean thick, and one for all."""
+    panels, titles = panels_of(rows, tasks)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True, layout="constrained")
+    for axis, (title, some) in zip(axes, panels.items(), strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine, (color, style) = [row for row in rows if row["method"] == method], STYLES[method]
+            steps = sorted({row["step"] for row in mine})
+            scores = scores_of(mine, some, lambda run: [row["normalized_score"] for row in run])  # [seeds, tasks, steps]
+            if title == "all":
+                middle, low, high = np.array([spread(scores[:, :, i]) for i in range(len(steps))]).T
+                axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+            else:
+                middle = scores[:, 0].mean(axis=0)
+                axis.plot(steps, scores[:, 0].T, color=color, linestyle=style, linewidth=0.6, alpha=0.6)
+            axis.plot(steps, middle, color=color, linestyle=style, linewidth=2, label=method)
+        axis.set_title(titles[title] if title == "all" else f"{title} (seeds and their mean)")
+        axis.set_xlabel("updates")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("normalised score")
+    axes[0].set_ylim(-0.25, 1.1)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

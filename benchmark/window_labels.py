@@ -1,5 +1,5 @@
 """muzero_unplugged_bsuite.py with labels of every window: each of its steps has a search and Dirichlet noise of its own, as
-in the authors' code. Takes the script's flags; bsuite_scores.py compares the two."""
+in the authors' code. Takes the script's flags; `bsuite_studies labels` compares the two."""
 
 import sys
 

@@ -616,12 +616,51 @@ def test_targets_losses_and_gradients_at_other_settings(cut_off):
     assert_close(gradient, their_gradient, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (rosmo, {}),
+        (rosmo, {"sampling": True, "num_simulations": 5, "unroll_steps": 4, "bootstrap_steps": 1, "discount": 0.95}),
+        (rosmo_atari, {}),
+        (rosmo_atari, {"sampling": True, "num_simulations": 2, "discount": 0.95}),
+    ],
+)
+def test_behavior_filter(script, flags):
+    """An action is cloned where r_g + gamma v(g(s, a)) - v(s) >= 0 by the target parameters, step after step; none is
+    cloned at an episode's end, cut off or not, and after it."""
+    model = small_model(script, num_bins=11, **flags)
+    args, lengths = model.args, [2, 3, 9, 2, 12]
+    is_last = np.isin(np.arange(sum(lengths)), np.cumsum(lengths) - 1)
+    data = dataset(script, lengths, is_terminal=is_last & (np.arange(sum(lengths)) > 10))
+    batch = windows_of(data, args.unroll_steps + args.bootstrap_steps + 1)
+
+    @jax.jit
+    def behavior_of(params: Any, batch: Any) -> jax.Array:
+        return script.make_targets(KEY, batch, script.make_labels(params, KEY, batch, model), args).behavior
+
+    @jax.jit
+    def look_ahead(params: Any, observation: Any, action: Any) -> tuple[Any, Any, Any]:
+        net = model.bind(params)
+        state = net.representation(observation[None])
+        after = net.prediction(net.dynamics(state, action[None]))
+        return after.reward_logits[0], after.value_logits[0], net.prediction(state).value_logits[0]
+
+    params = random_parameters(model, 5)
+    reward, value, before = (script.to_scalar(x) for x in jax.vmap(look_ahead, (None, 0, 0))(params, *data[:2]))
+    advantage = np.asarray(reward + args.discount * value - before)
+    expected = np.zeros((len(batch.action), args.unroll_steps + 1), bool)
+    for b, t in np.ndindex(expected.shape):
+        expected[b, t] = advantage[b + t] >= 0 and not any(data.is_first[b + 1 : b + t + 2])
+    np.testing.assert_array_equal(behavior_of(params, batch), expected)
+    assert 0.2 < np.mean(advantage >= 0) < 0.9 and 0.1 < expected.mean() < 0.8
+
+
 def test_behavior_filter_keeps_an_advantage_of_zero():
     """H(0) = 1, as in the paper (the authors' code has 0)."""
     args = small_model(rosmo).args
     batch = windows_of(dataset(rosmo, [20]), args.unroll_steps + args.bootstrap_steps + 1)
     labels = jax.tree.map(jnp.zeros_like, random_labels(rosmo, *batch.action.shape))
-    assert rosmo.make_targets(KEY, batch, labels, args).behavior[:5].all()
+    assert rosmo.make_targets(KEY, batch, labels, args).behavior.all()
 
 
 def test_two_hot_at_the_edges():

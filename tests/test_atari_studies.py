@@ -18,7 +18,7 @@ STUDIES = {  # method and x, the script, and what differs from its own settings 
     "comparison": {
         ("ROSMO", None): ("rosmo_atari", {}),
         ("MuZero Unplugged", None): ("muzero_unplugged_atari", {}),
-        ("filtered behaviour cloning", None): ("rosmo_atari", {"policy_coef": 0.0, "sampling": True}),
+        ("filtered cloning", None): ("rosmo_atari", {"policy_coef": 0.0, "sampling": True}),
     },
     "budget": {
         ("ROSMO, sampled", 4): ("rosmo_atari", {"sampling": True}),  # 4 actions are ROSMO's default
@@ -116,7 +116,7 @@ def test_table_and_figure(monkeypatch, tmp_path, capsys, study, methods):
         assert means[3] == 8
     axes = figures[0].axes
     if study != "comparison":
-        assert [axis.get_title() for axis in axes] == ["all", *GAMES]
+        assert [axis.get_title().split(" (")[0] for axis in axes] == ["all", *GAMES]
         for axis, above in zip(axes, (middle, 0.01, 0.51), strict=True):
             drawn = {bars.get_label(): bars.lines[0].get_xydata() for bars in axis.containers}
             points = {method: [(x, base[name, x] + 0.1 + above) for name, x in keys if name == method] for method, _ in keys}

@@ -13,11 +13,11 @@ import pytest
 import muzero_unplugged_bsuite
 import rosmo_bsuite
 from benchmark import (
-    bsuite_scores,
+    behavior_filter,
     bsuite_studies,
     convert_atari,
+    greedy_search,
     model_error,
-    recorded_rewards,
     studies,
     throughput,
     window_labels,
@@ -27,19 +27,32 @@ from data.dataset import InputError, write_dataset
 from tests import programs
 from tests.programs import small_flags
 
-SCRIPTS = {"rosmo_bsuite": rosmo_bsuite, "muzero_unplugged_bsuite": muzero_unplugged_bsuite}
-LONG = dict.fromkeys(("catch", "cartpole", "mountain_car"), 50_000)
-SHORT = {"catch": 30_000, "mountain_car": 10_000}
-SEARCHES = {"MuZero Unplugged", "MZU-Q", "Gumbel MuZero"}
-STUDIES = {  # x of the figure, its methods, updates, evaluations, and what x is among a run's settings
-    "coverage": ([0.01, 0.05, 0.2, 0.5, 1.0], {"ROSMO", "one-step, no regularisation", "MuZero Unplugged"},
-                 LONG, 20, lambda args: args.data_fraction),
-    "reward": ([0.05, 0.2], {"ROSMO", "ROSMO, recorded rewards"}, {"catch": 50_000}, 20,
-               lambda args: args.data_fraction),
-    "budget": ([2, 4, 8, 16, 32], SEARCHES, LONG, 20, lambda args: args.num_simulations),
-    "depth": ([1, 2, 4, 8, 16], {"MuZero Unplugged"}, LONG, 20, lambda args: args.search_depth or args.num_simulations),
-    "noise": ([0.0, 0.1, 0.3, 0.5], {"ROSMO", "MuZero Unplugged"}, LONG, 20, lambda args: args.noise),
-    "capacity": ([8, 32, 128], {"ROSMO", "MuZero Unplugged"}, SHORT, 10, lambda args: args.dynamics_width),
+SCRIPTS = {
+    "rosmo_bsuite": rosmo_bsuite, "muzero_unplugged_bsuite": muzero_unplugged_bsuite,
+    "benchmark.behavior_filter": behavior_filter, "benchmark.window_labels": muzero_unplugged_bsuite,
+}  # fmt: skip
+CLONING = {"policy_coef": 0.0, "sampling": True}
+METHODS = {  # what differs from the scripts' defaults
+    "ROSMO": {}, "ROSMO, authors' filter": {}, "ROSMO, recorded reward": {"filter": "recorded"},
+    "one-step, no regularisation": {"behavior_coef": 0.0}, "filtered cloning": CLONING,
+    "filtered cloning, authors' filter": CLONING, "filtered cloning, recorded reward": CLONING | {"filter": "recorded"},
+    "MuZero Unplugged": {}, "MZU-Q": {"policy_target": "mzu_q"}, "Gumbel MuZero": {"policy_target": "gumbel"},
+    "labels of every window": {},
+}  # fmt: skip
+FOUR = {"ROSMO", "one-step, no regularisation", "filtered cloning", "MuZero Unplugged"}
+FILTERS = {name for name in METHODS if name.startswith("ROSMO")}, {name for name in METHODS if "cloning" in name}
+FEW = {"MuZero Unplugged", "MZU-Q", "Gumbel MuZero"}
+STUDIES = {  # the methods at each x of the figure, and what x is among a run's settings
+    "scores": ({None: FOUR}, lambda args: None),
+    "seeds": ({None: FOUR}, lambda args: None),
+    "coverage": ({x: FOUR - {"filtered cloning"} for x in (0.01, 0.05, 0.2, 0.5, 1.0)}, lambda args: args.data_fraction),
+    "filter": ({0.05: FILTERS[0], 0.2: FILTERS[0], 1.0: FILTERS[1]}, lambda args: args.data_fraction),
+    "budget": ({2: FEW, 4: FEW, 8: FEW, 16: {"MuZero Unplugged"}, 32: {"MuZero Unplugged"}},
+               lambda args: args.num_simulations),
+    "depth": ({x: {"MuZero Unplugged"} for x in (1, 2, 4, 8, 16)}, lambda args: args.search_depth or args.num_simulations),
+    "noise": ({x: {"ROSMO", "MuZero Unplugged"} for x in (0.0, 0.1, 0.3, 0.5)}, lambda args: args.noise),
+    "capacity": ({x: {"ROSMO", "MuZero Unplugged"} for x in (8, 32, 128)}, lambda args: args.dynamics_width),
+    "labels": ({None: {"MuZero Unplugged", "labels of every window"}}, lambda args: None),
 }  # fmt: skip
 
 
@@ -73,49 +86,42 @@ def read(path):
 @pytest.mark.parametrize("study", STUDIES)
 def test_the_runs_of_a_study(study):
     """Their x is the setting that the script gets; all else is as the script has it, but for the size of the studies."""
-    xs, methods, updates, evaluations, x_of = STUDIES[study]
-    settings = bsuite_studies.settings_of(bsuite_studies.STUDIES[study])
-    level = [] if "ROSMO" in methods else [("ROSMO", None)]
-    assert [(setting.method, setting.x) for setting in settings if setting.x is None] == level
-    found = sorted((setting.x, setting.method) for setting in settings if setting.x is not None)
-    left_out = {(x, method) for x in (16, 32) for method in ("MZU-Q", "Gumbel MuZero") if study == "budget"}
-    assert found == sorted({(x, method) for x in xs for method in methods} - left_out)
-    for setting in settings:
-        run = bsuite_studies.run_of(bsuite_studies.Args(study=study), setting, "catch", 7)
-        assert (run.updates, run.evaluations) == (updates["catch"], evaluations)
-        assert run.columns == {"study": study, "method": setting.method, "x": setting.x, "task": "catch", "seed": 7}
-        script = {"benchmark.recorded_rewards": "rosmo_bsuite"}.get(run.script, run.script)
-        args = SCRIPTS[script].Args(**{name.replace("-", "_"): value for name, value in run.flags.items()})
+    methods, x_of = STUDIES[study]
+    runs = bsuite_studies.runs_of(bsuite_studies.Args(study=study))
+    tasks = ["catch", "cartpole", "mountain_car"][:: 2 if study == "labels" else 1]
+    level = [("ROSMO", None)] if study in ("budget", "depth") else []
+    found = [(run.columns["method"], run.columns["x"], run.columns["task"], run.columns["seed"]) for run in runs]
+    wanted = level + [(method, x) for x, some in methods.items() for method in some]
+    seeds = 10 if study == "seeds" else 3
+    assert sorted(found, key=str) == sorted(((*w, task, s) for w in wanted for task in tasks for s in range(seeds)), key=str)
+    for run in runs:
+        x, method = run.columns["x"], run.columns["method"]
+        length = {"scores": (200_000, 20), "labels": (30_000, 30)}.get(study, (50_000, 20))
+        assert (run.updates, run.evaluations) == length and run.columns["study"] == study
+        args = SCRIPTS[run.script].Args(**{name.replace("-", "_"): value for name, value in run.flags.items()})
+        assert (args.env_id, args.seed) == (run.columns["task"], run.columns["seed"])
+        assert args.batch_size == (128 if study == "labels" else 512)
+        fraction = 1.0 if study in ("scores", "labels") else x if study in ("coverage", "filter") else 0.2
+        assert args.data_fraction == fraction
+        common = {"num_simulations": 16} if study == "depth" and x is not None else {}
+        own = {"seed", "env_id", "batch_size", "data_fraction"}
+        flag = {"budget": "num_simulations", "depth": "search_depth", "noise": "noise", "capacity": "dynamics_width"}
+        own |= {flag[study]} if study in flag and x is not None else set()
         changed = {name: value for name, value in vars(args).items() if value != getattr(type(args), name)}
-        assert changed.pop("seed") == 7
-        assert changed.pop("batch_size", 512) == (128 if study == "capacity" else 512)
-        assert changed.pop("data_fraction", 1.0) == (setting.x if study in ("coverage", "reward") else 0.2)
-        if setting.method == "ROSMO" and setting.x is None:
-            assert not changed
-            continue
-        assert x_of(args) == setting.x
-        own = {"one-step, no regularisation": {"behavior_coef": 0.0}, "MZU-Q": {"policy_target": "mzu_q"},
-               "Gumbel MuZero": {"policy_target": "gumbel"}}.get(setting.method, {})  # fmt: skip
-        flag = {"budget": "num_simulations", "depth": "search_depth", "noise": "noise", "capacity": "dynamics_width"}.get(
-            study
-        )
-        common = {"num_simulations": 16} if study == "depth" else {}
-        assert {name: value for name, value in changed.items() if name != flag} == own | common
-        assert (script == "rosmo_bsuite") == (setting.method not in SEARCHES)
-        assert (script != run.script) == (setting.method == "ROSMO, recorded rewards")
+        assert {name: value for name, value in changed.items() if name not in own} == METHODS[method] | common
+        assert x is None or x_of(args) == x
+        assert (run.script == "benchmark.behavior_filter") == ("authors" in method or "recorded" in method)
+        assert (SCRIPTS[run.script] is muzero_unplugged_bsuite) == (method in FEW | {"labels of every window"})
+        assert (run.script == "benchmark.window_labels") == (method == "labels of every window")
+        assert method in studies.STYLES
 
 
 def test_other_lengths():
-    run_of, setting = bsuite_studies.run_of, bsuite_studies.settings_of(bsuite_studies.STUDIES["capacity"])[0]
-    args = bsuite_studies.Args(study="capacity", updates=500, evaluations=3, batch_size=64)
-    run = run_of(args, setting, "cartpole", 0)
-    assert run[3:] == (500, 3) and run.flags["batch-size"] == 64
-    with pytest.raises(InputError, match="--updates is needed for cartpole"):
-        run_of(bsuite_studies.Args(study="capacity"), setting, "cartpole", 0)
-    updates = {
-        task: run_of(bsuite_studies.Args(study="capacity"), setting, task, 0).updates for task in ("catch", "mountain_car")
-    }
-    assert updates == SHORT
+    args = bsuite_studies.Args(study="scores", methods=("ROSMO",), tasks=("catch",), seeds=(5,), updates=500, evaluations=3)
+    (run,) = bsuite_studies.runs_of(args)
+    assert run[3:] == (500, 3) and run.columns["seed"] == 5
+    with pytest.raises(InputError, match="--methods of budget are of MuZero Unplugged, MZU-Q, Gumbel MuZero, not ROSMO"):
+        bsuite_studies.runs_of(bsuite_studies.Args(study="budget", methods=("ROSMO",)))
 
 
 def test_a_whole_run():
@@ -269,6 +275,10 @@ def test_scores(monkeypatch):
     assert estimates["all"][0] == pytest.approx((2 + 3 + 10 + 11) / 4) and estimates["alone"][0] == pytest.approx(1.5)
     for middle, low, high in estimates.values():
         assert low < middle < high
+    few, many = np.array([[1.0], [2.0], [6.0]]), np.arange(9.0).reshape(3, 3)
+    assert studies.spread(few) == (3, 1, 6) and studies.spread(few.repeat(2, axis=1)) == (3, 1, 6)
+    assert studies.spread(many) == studies.interval_estimates({"": many})[""]
+    assert [studies.name_of_spread(n) for n in (8, 9)] == ["range of the seeds", "95 % interval"]
     assert estimates == studies.interval_estimates({"all": scores, "alone": scores[:, :1]})
 
 
@@ -299,13 +309,15 @@ def test_table_and_figure(monkeypatch, tmp_path, capsys, dataset, figures):
     assert (tmp_path / "bsuite_coverage.png").stat().st_size > 10_000
     # 9 scores above method and coverage: 0, .01, .02, .1, .11, .12, .5, .51, .52; their middle half is .02 to .5.
     middle = np.mean([0.02, 0.1, 0.11, 0.12, 0.5])
-    xs, lines = STUDIES["coverage"][0], capsys.readouterr().out.splitlines()
+    xs, lines = list(STUDIES["coverage"][0]), capsys.readouterr().out.splitlines()
     assert "| task | fraction of the episodes | 0.01 | 0.05 | 0.2 | 0.5 | 1 |" in lines
-    assert lines[-1] == "135 runs, 3.0 hours of training"
+    assert lines[-1].startswith("135 runs of 50,000 updates: ")
     (line,) = (line for line in lines if line.startswith("| cartpole | MuZero Unplugged |"))
-    assert line.split(" | ")[4].endswith("]: 2.40, 2.41, 2.42")  # 2 + 0.1 + 0.2, the mean's 0.1, and 0.01 a seed
-    panels = {axis.get_title(): axis for axis in figures[0].axes}
+    assert line.split(" | ")[4] == "2.41 [2.40, 2.42]: 2.40, 2.41, 2.42"  # 2 + 0.1 + 0.2, the mean's 0.1, 0.01 a seed
+    panels = {axis.get_title().split(" (")[0]: axis for axis in figures[0].axes}
     assert list(panels) == ["all", *tasks]
+    spreads = [axis.get_title().split(" (")[1] for axis in figures[0].axes]
+    assert spreads == ["95 % interval)"] + ["range of the seeds)"] * 3
     for title, above in {"all": middle, "catch": 0.01, "cartpole": 0.11, "mountain_car": 0.51}.items():
         for method, value in base.items():
             (line,) = (line for line in lines if line.startswith(f"| {title} | {method} |"))
@@ -346,91 +358,95 @@ def test_the_table_has_a_cell_for_every_place(monkeypatch, tmp_path, capsys, dat
     }.items():
         cells = [both[score] for score in scores] + [""] * (3 - len(scores))
         assert f"| catch | {method} | {' | '.join(cells)} |" in lines
-    assert lines[-1] == f"16 runs, {16 * 50 / 3600:.1f} hours of training"
+    assert lines[-1].startswith("16 runs of 50,000 updates: ")
 
 
-def test_a_level_to_compare_with(monkeypatch, tmp_path, figures):
-    monkeypatch.setattr(studies, "BOOTSTRAPS", 50)
-    some = [("level", None, 9), ("line", 0.0, 0), ("line", 4.0, 4)]
+def test_a_level_to_compare_with(tmp_path, figures):
+    """With the range of three seeds; a method has one colour in all figures."""
+    some = [("ROSMO", None, 9), ("MZU-Q", 0.0, 0), ("MZU-Q", 4.0, 4)]
     rows = [
         {"method": method, "x": x, "task": "a", "seed": seed, "step": 1, "normalized_score": base + seed}
         for method, x, base in some
         for seed in (0, 1, 5)
     ]
     drawn = studies.draw(rows, ("a",), "x", tmp_path / "a.png")
-    level, line = drawn["a", "level"], drawn["a", "line"]
-    assert level[0] == pytest.approx([11, 9.2, 13.6], abs=0.5) and line[:, 0].tolist() == [2, 6]
+    assert drawn == {("a", "ROSMO"): {None: (11, 9, 14)}, ("a", "MZU-Q"): {0.0: (2, 0, 5), 4.0: (6, 4, 9)}}
     axis = figures[0].axes[0]
     assert axis.lines[0].get_ydata() == [11, 11] and axis.get_xlabel() == "x" and axis.get_xscale() == "linear"
-    assert axis.containers[0].lines[0].get_xydata().tolist() == [[0, 2], [pytest.approx(4, rel=0.03), 6]]
-    bars = axis.containers[0].lines[2][0].get_segments()
-    np.testing.assert_allclose([bar[:, 1] for bar in bars], line[:, 1:])
+    line = axis.containers[0].lines
+    assert line[0].get_xydata().tolist() == [[0, 2], [pytest.approx(4, rel=0.03), 6]]
+    assert [bar[:, 1].tolist() for bar in line[2][0].get_segments()] == [[0, 5], [4, 9]]
+    studies.draw_curves([row for row in rows if row["x"] == 4.0], ("a", "a"), tmp_path / "b.png")
+    assert {line[0].get_color(), *(each.get_color() for each in figures[1].axes[1].lines)} == {studies.STYLES["MZU-Q"][0]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_coverage_of_intervals(capsys):
+    """How often a 95 % interval of normal scores holds their mean: less often than it says, of few runs."""
+    random, found = np.random.default_rng(0), {}
+    for seeds, tasks in ((3, 1), (3, 3), (10, 1), (10, 3)):
+        scores = {str(i): x for i, x in enumerate(random.normal(size=(400, seeds, tasks)))}
+        found[seeds, tasks] = np.mean([low <= 0 <= high for _, low, high in studies.interval_estimates(scores).values()])
+    with capsys.disabled():
+        print("\n", {f"{seeds} seeds, {tasks} tasks": f"{100 * x:.0f} %" for (seeds, tasks), x in found.items()})
+    assert 0.68 < found[3, 1] < 0.82 < found[3, 3] < 0.93 and min(found[10, 1], found[10, 3]) > 0.86
 
 
 # ---------------------------------------------------------------------------------------------------------- Programs
 
 
 def test_scores_of_methods(monkeypatch, tmp_path, capsys, dataset, figures):
-    """Two methods on two tasks, three seeds and three evaluations, of which the last two count."""
-    curves = {0: (0.1, 0.9, 0.5), 1: (0.2, 0.3, 1.0), 2: (0.3, 0.4, 0.8)}
-    seconds = {0: 60.0, 1: 120.0, 2: 300.0}  # of the updates between evaluations, by seed
-    made = []
+    """Learning curves of two methods on two tasks, three seeds and four evaluations, of which the last two count."""
+    curves = {0: (0.1, 0.2, 0.9, 0.5), 1: (0.2, 0.2, 0.3, 1.0), 2: (0.3, 0.3, 0.4, 0.8)}
 
     def make(run, folder):
-        seed, task = run.flags["seed"], run.flags["env-id"]
-        assert folder == tmp_path / "runs" and run[3:] == (300, 3)
-        made.append((run.script, run.flags))
-        gain = 10.0 * (task == "cartpole") + (run.columns["method"] == "filtered cloning")
+        gain = 10.0 * (run.flags["env-id"] == "cartpole") + (run.columns["method"] == "filtered cloning")
         return [
-            {"step": 100 * i, "return_mean": 7.0, "normalized_score": score + gain, "update_seconds": i * seconds[seed]}
-            for i, score in enumerate(curves[seed], start=1)
+            {"step": 100 * i, "return_mean": 7.0, "normalized_score": score + gain, "update_seconds": i}
+            for i, score in enumerate(curves[run.flags["seed"]], start=1)
         ]
 
     monkeypatch.setattr(studies, "make", make)
     monkeypatch.setattr(studies, "BOOTSTRAPS", 50)
-    monkeypatch.setattr(bsuite_scores, "record_if_missing", lambda task, noise: dataset)
-    args = bsuite_scores.Args(
-        methods=("MuZero Unplugged", "filtered cloning"), tasks=("catch", "cartpole"), updates=300, evaluations=3, last=2,
-        results=tmp_path, runs=tmp_path / "runs", batch_size=128, name="some",
+    monkeypatch.setattr(bsuite_studies, "record_if_missing", lambda task, noise: dataset)
+    args = bsuite_studies.Args(
+        study="scores", methods=("filtered cloning", "MuZero Unplugged"), tasks=("catch", "cartpole"), updates=400,
+        evaluations=4, results=tmp_path,
     )  # fmt: skip
     for _ in range(2):  # made, and read from the table
-        bsuite_scores.main(args)
+        bsuite_studies.main(args)
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
         (line,) = (cells for cells in lines if cells[:2] == ["catch", "MuZero Unplugged"])
-        assert line[2:5] == ["0.65 [0.43, 0.88]", "0.70, 0.65, 0.60", "1.00"]
-        assert line[5:] == ["200, 300, never", "2.0, 6.0, never", "0.10 h"]
-        # Means over the last two evaluations: 0.6, 0.65, 0.7 and 10 more; the middle half is 0.65, 0.7, 10.6 and 10.65.
-        iqm = {cells[0]: float(cells[1].split("[")[0]) for cells in lines if len(cells) == 2 and cells[0] in args.methods}
-        assert iqm == {"MuZero Unplugged": pytest.approx(5.65, abs=0.01), "filtered cloning": pytest.approx(6.65, abs=0.01)}
+        assert line[2:] == ["0.65 [0.60, 0.70]", "0.70, 0.65, 0.60", "1.00", "300, 400, never"]
+        middle = {cells[1]: float(cells[2].split("[")[0]) for cells in lines if cells and cells[0] == "all"}
+        assert middle == {"MuZero Unplugged": 5.65, "filtered cloning": 6.65}
         monkeypatch.setattr(studies, "make", None)
-    flags = {"MuZero Unplugged": {}, "filtered cloning": {"policy-coef": 0.0, "sampling": True}}
-    scripts = {"MuZero Unplugged": "muzero_unplugged_bsuite", "filtered cloning": "rosmo_bsuite"}
-    wanted = [
-        (scripts[method], {"env-id": task, "seed": seed, "batch-size": 128} | flags[method])
-        for seed in range(3)
-        for task in ("catch", "cartpole")
-        for method in flags
-    ]
-    assert made == wanted and len(read(tmp_path / "some.csv")) == 3 * 2 * 2 * 3
-    for figure, xs in ((figures[0], [100, 200, 300]), (figures[1], [160 / 3600, 320 / 3600, 480 / 3600])):
-        panels = {axis.get_title(): axis for axis in figure.axes}
-        assert list(panels) == ["all (IQM, 95 % interval)", "catch", "cartpole"]
-        seeds, mean = panels["catch"].lines[:3], panels["catch"].lines[3]
-        assert [line.get_ydata().tolist() for line in seeds] == [list(curve) for curve in curves.values()]
-        np.testing.assert_allclose(mean.get_xdata(), xs)
-        np.testing.assert_allclose(mean.get_ydata(), np.mean(list(curves.values()), axis=0))
-    assert (tmp_path / "some.png").exists() and (tmp_path / "some_hours.png").exists()
-    # Against hours: from when all have a score, 300 s, to the end of the longest, 900 s; the shorter keep their last one.
-    middle = figures[1].axes[0].lines[0]
-    np.testing.assert_allclose(middle.get_xdata()[[0, -1]], [300 / 3600, 900 / 3600])
-    start = [0.5, 0.3, 0.3, 10.5, 10.3, 10.3]
-    assert middle.get_ydata()[0] == pytest.approx(np.mean(sorted(start)[1:5])) and middle.get_ydata()[-1] > 5
+    assert len(read(tmp_path / "bsuite_scores.csv")) == 2 * 2 * 3 * 4
+    panels = {axis.get_title().split(" (")[0]: axis for axis in figures[0].axes}
+    assert list(panels) == ["all", "catch", "cartpole"]
+    *seeds, mean = panels["catch"].lines[4:]
+    assert [line.get_ydata().tolist() for line in seeds] == [list(curve) for curve in curves.values()]
+    assert mean.get_xdata().tolist() == [100, 200, 300, 400]
+    np.testing.assert_allclose(mean.get_ydata(), np.mean(list(curves.values()), axis=0))
 
 
-def test_the_batch_of_a_run_is_named_if_it_is_not_the_scripts():
-    args = bsuite_scores.Args(methods=("ROSMO",), tasks=("catch",), seeds=(1,))
-    assert bsuite_scores.runs_of(args)[0].flags == {"env-id": "catch", "seed": 1}
-    assert bsuite_scores.BATCH_SIZE == rosmo_bsuite.Args.batch_size == muzero_unplugged_bsuite.Args.batch_size
+def test_greedy_search(monkeypatch, tmp_path, capsys):
+    """Of the runs that are there; a second call reads the table."""
+    run, *_ = bsuite_studies.runs_of(bsuite_studies.Args(study="seeds", methods=("MuZero Unplugged",)))
+    (tmp_path / run.name()).mkdir()
+    called = []
+
+    def program(command, **_):
+        called.append(command[2:])
+        return subprocess.CompletedProcess(command, 0, f'a line\n{{"eval/normalized_score": 0.{len(called)}}}\n', "")
+
+    monkeypatch.setattr(greedy_search.subprocess, "run", program)
+    for _ in range(2):
+        greedy_search.main(greedy_search.Args(runs=tmp_path, results=tmp_path, episodes=9))
+        assert "| catch | 0 | 0.10 [0.10, 0.10] | 0.10 | 0.20 [0.20, 0.20] | 0.20 |" in capsys.readouterr().out
+    common = ["--resume", str(tmp_path / run.name()), "--eval-only", "--eval-episodes", "9"]
+    assert called == [common, [*common, "--temperature", "0", "--dirichlet-fraction", "0"]]
 
 
 def test_labels_of_every_window(monkeypatch, catch_dataset):
@@ -451,7 +467,8 @@ def test_labels_of_every_window(monkeypatch, catch_dataset):
     for key in range(2):
         new = state._replace(step=jax.numpy.int32(key))
         window_labels.update(new, jax.random.PRNGKey(0), batch, None, model)
-    every = script.make_labels(params, jax.random.PRNGKey(9), jax.numpy.asarray(data.observation[: index.max() + 1]), model)
+    first = jax.tree.map(lambda x: jax.numpy.asarray(x[: index.max() + 1]), data)
+    every = script.make_labels(params, jax.random.PRNGKey(9), first, model)
     for _, _, seen_batch, labels, _ in seen:
         assert seen_batch is batch
         np.testing.assert_array_equal(labels.policy, every.policy[index])
@@ -460,29 +477,30 @@ def test_labels_of_every_window(monkeypatch, catch_dataset):
     window_labels.update(state, jax.random.PRNGKey(0), batch, None, noisy)
     policy = np.asarray(seen[-1][3].policy)
     assert (policy[0, 1:] != policy[1, :-1]).any()  # the same steps in the first two windows
-    empty = window_labels.label_nothing(state, data.observation, model)
+    empty = window_labels.label_nothing(state, data, model)
     assert empty.value.shape == data.action.shape and empty.policy.shape == (len(data.action), meta["num_actions"])
 
 
-def test_recorded_rewards_in_the_behaviour_filter(catch_dataset):
-    """An action is cloned if r_t + gamma v_{t+1} >= v_t with the reward that was recorded; nothing else changes."""
-    args = rosmo_bsuite.parse_args(["--data-dir", str(catch_dataset)])
+@pytest.mark.parametrize("which", ["authors", "recorded"])
+def test_other_behaviour_filters(catch_dataset, which):
+    """r + gamma v(s') - v(s), s' the encoding of the observed next state; all other labels are the script's."""
+    args = behavior_filter.Args(data_dir=catch_dataset, filter=which, batch_size=64)
     data, _, meta = rosmo_bsuite.load_dataset(args)
-    index = np.arange(200)[:, None] + np.arange(args.unroll_steps + args.bootstrap_steps + 1)
-    batch = jax.tree.map(lambda x: jax.numpy.asarray(x[index]), data)
-    value = np.random.default_rng(0).uniform(-1, 1, index.shape).astype(np.float32)
-    policy = np.full((*index.shape, meta["num_actions"]), 1 / 3, np.float32)
-    labels = rosmo_bsuite.Labels(np.full_like(value, 9.0), value, policy)
-    targets = recorded_rewards.make_targets(jax.random.PRNGKey(0), batch, labels, args)
-    own = rosmo_bsuite.make_targets(jax.random.PRNGKey(0), batch, labels, args)
-    jax.tree.map(np.testing.assert_array_equal, targets._replace(behavior=0), own._replace(behavior=0))
-    cloned = 0
-    for (i, t), behavior in np.ndenumerate(targets.behavior):
-        restarted = batch.is_first[i, 1 : t + 2].any()
-        advantage = batch.reward[i, t] + args.discount * value[i, t + 1] - value[i, t]
-        assert behavior == (advantage >= 0 and not restarted)
-        cloned += behavior
-    assert 0 < cloned < own.behavior.sum() and batch.reward[:, : args.unroll_steps + 1].any()
+    data = jax.tree.map(jax.numpy.asarray, data)
+    model = rosmo_bsuite.Model(meta["num_actions"], args)
+    state = rosmo_bsuite.init_state(data.observation.shape[1:], model)
+    noisy = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.PRNGKey(x.size), x.shape), state.params)
+    state = state._replace(target_params=noisy)
+    ours, own = (module.label_dataset(state, data, model) for module in (behavior_filter, rosmo_bsuite))
+    np.testing.assert_array_equal(ours.policy, own.policy)
+    np.testing.assert_array_equal(ours.value, own.value)
+    net = model.bind(noisy)
+    prediction = net.prediction(net.representation(data.observation))
+    reward, value = (rosmo_bsuite.to_scalar(x) for x in (prediction.reward_logits, prediction.value_logits))
+    expected = (reward[1:] if which == "authors" else data.reward[:-1]) + args.discount * value[1:] - value[:-1]
+    read = np.asarray((own.value[:-1] != 0) & (own.value[1:] != 0))
+    assert read.sum() > 1000
+    np.testing.assert_allclose(ours.advantage[:-1][read], expected[read], atol=1e-4)
 
 
 @pytest.mark.parametrize("task", ["catch", "cartpole", "mountain_car"])
@@ -515,8 +533,8 @@ def test_model_errors(monkeypatch, tmp_path, catch_dataset, capsys, figures):
 
     def make(run, folder):
         assert run.flags == {"env-id": "catch", "seed": 4, "batch-size": 512, "data-fraction": 0.5}
-        study, setting = bsuite_studies.Args(study="coverage"), studies.Setting("", 0.5, run.script, {"data-fraction": 0.5})
-        assert run.name() == bsuite_studies.run_of(study, setting, "catch", 4).name()  # they share their runs
+        shared = bsuite_studies.runs_of(bsuite_studies.Args(study="coverage", seeds=(4,)))
+        assert run.name() in [each.name() for each in shared]
         flags = ["--data-dir", catch_dataset, *small_flags(muzero_unplugged_bsuite), "--eval-episodes", 0]
         programs.run(muzero_unplugged_bsuite, ["--run-dir", folder / run.name(), "--total-steps", 3, *flags])
 
