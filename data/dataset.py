@@ -284,8 +284,6 @@ def open_dataset(path: Path) -> Dataset:
     Raises InputError, naming the file, where something is missing, damaged or does not fit the format.
     """
     path, arrays = Path(path), {}
-    if not path.is_dir():
-        raise InputError(f"there is no dataset folder {path}")
     file = path / "meta.json"
     try:
         meta = json.loads(file.read_text())

@@ -49,7 +49,7 @@ def download(env_id: str, run: int, shards: list[int], folder: Path, out: Path, 
         check_disk(folder, missing, "take less by --shards")
         check_disk(out, share * SHARD_STEPS * len(names) * STEP_BYTES, "take less by --shards or --percentage")
         files = pooch.create(place, url, registry=dict.fromkeys(names), retry_if_failed=RETRIES)
-        get = pooch.HTTPDownloader(progressbar=True, chunk_size=2**20, headers=packed)
+        get = pooch.HTTPDownloader(progressbar=True, chunk_size=2**20, headers=packed, timeout=60)
         return [Path(files.fetch(name, downloader=get)) for name in names]
     except requests.RequestException as error:
         hint = "check --run and --shards, or give the same command again: it keeps the shards that are whole"
