@@ -285,8 +285,6 @@ def failing(error):
         (InputError("name another folder"), 2, "error: name another folder\n"),
         (OSError(errno.ENOSPC, "No space"), 2, "error: the disk is full; what was whole before is still there\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "error: /root/x: Permission denied\n"),
-        (OSError(errno.EROFS, "Read-only file system", "/x/y"), 2, "error: /x/y: Read-only file system\n"),
-        (FileExistsError(errno.EEXIST, "File exists", "datasets"), 2, "error: datasets: File exists\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
