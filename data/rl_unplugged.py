@@ -38,7 +38,7 @@ def download(env_id: str, run: int, shards: list[int], folder: Path, out: Path, 
     count = 49 if env_id in SHORT_GAMES else 50
     names = [f"run_{run}-{shard:05d}-of-{count:05d}" for shard in shards or range(count)]
     url, place = f"{BUCKET}/atari_episodes_ordered/{env_id}/", folder / env_id
-    packed = {"Accept-Encoding": "gzip"}  # shards as they are stored, with their length; read_records reads unpacked ones too
+    packed = {"Accept-Encoding": "gzip"}  # as they are stored, with their length; read_records reads unpacked ones too
     missing = 0
     try:
         for name in names:
