@@ -27,8 +27,7 @@ import tyro
 from benchmark import studies
 from benchmark.studies import Run, Setting
 from data.dataset import InputError, open_dataset, run_program
-from data.games import PRIOR_METHODS, default_folder, prior_scores, reference_returns
-from data.record_atari import record_if_missing
+from data.record_atari import PRIOR_METHODS, SCORES, default_folder, record_if_missing, reference_returns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +97,7 @@ def reference_lines(games: tuple[str, ...]) -> dict[str, dict[str, float]]:
         return {}
     if None not in recorded.values():
         return {"mean of the data": recorded}
-    return {f"{name}, RL Unplugged's data": {game: prior_scores(game)[name] for game in games} for name in PRIOR_METHODS}
+    return {f"{name}, RL Unplugged's data": {game: SCORES[game][name] for game in games} for name in PRIOR_METHODS}
 
 
 def draw_comparison(args: Args, rows: list[dict], path: Path) -> None:

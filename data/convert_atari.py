@@ -1,8 +1,7 @@
-"""Converts Atari datasets, without TensorFlow; downloads RL Unplugged's; turns one of ours into a Minari dataset.
+"""Converts Atari datasets, without TensorFlow; downloads RL Unplugged's.
 
     python -m data.convert_atari --env-id Breakout --run 1 --shards 0 10-19 --percentage 10    # downloads and converts
     python -m data.convert_atari --env-id Breakout --source DIR_OR_FILES
-    python -m data.convert_atari --env-id Breakout --export-minari atari/breakout/dqn-v0
 
 Formats, known by the names of their files:
 
@@ -12,23 +11,19 @@ Formats, known by the names of their files:
     minari         main_data.hdf5 or data/metadata.json: discrete actions, images or vectors; also by its name
 """
 
-import itertools
-import math
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
-from tqdm import tqdm
 
-from data.dataset import InputError, check_disk, run_program, write_dataset
+from data.dataset import FRAME, InputError, Source, convert_source, run_program
 from data.dqn_replay import OBSERVATIONS, open_checkpoints
-from data.games import STEP_BYTES, default_folder, games, num_actions, reference_returns
-from data.minari_datasets import DATA, export_minari, find_source, open_minari
-from data.rl_unplugged import PREPARED, SHARDS, dataset_info, download, open_prepared, open_shards
-from data.source import FRAME, Source
+from data.minari_datasets import DATA, find_source, open_minari
+from data.record_atari import default_folder, games, num_actions, reference_returns
+from data.rl_unplugged import PREPARED, SHARDS, download, open_prepared, open_shards
+from data.tfrecords import dataset_info
 
 FILES = {"rl_unplugged": SHARDS, "tfds": PREPARED, "dqn_replay": OBSERVATIONS, "minari": DATA}
 OPEN = {"rl_unplugged": open_shards, "tfds": open_prepared, "dqn_replay": open_checkpoints}
@@ -39,7 +34,6 @@ NO_NUMBER = -1  # of a file that is not one of several shards
 class Args:
     env_id: str  # the game that the data are of, such as Breakout
     source: tuple[Path, ...] = ()  # folder or files to convert, or a Minari dataset's name; without it --run is downloaded
-    format: Literal["auto", "rl_unplugged", "tfds", "dqn_replay", "minari"] = "auto"  # of the source
     run: int | None = None  # run of RL Unplugged, 1 to 5
     shards: tuple[str, ...] = ()  # numbers and ranges of shards or checkpoints, such as 0 10-19; by default all
     percentage: float = 100.0  # part of the episodes to take, evenly spaced
@@ -47,11 +41,6 @@ class Args:
     observation_key: str | None = None  # which of a Minari dataset's Dict observations to take
     out: Path | None = None  # folder to make; by default the place where the training scripts look for it
     download_dir: Path = Path("datasets/downloads/rl_unplugged")  # where downloaded shards stay
-    base_url: str = "https://storage.googleapis.com/rl_unplugged"  # RL Unplugged's public bucket
-    export_minari: str | None = None  # instead of converting, make this Minari dataset of a folder of ours (--source)
-
-
-# --------------------------------------------------------------------------------------------------- Which part to take
 
 
 def parse_shards(texts: tuple[str, ...]) -> list[int]:
@@ -66,45 +55,31 @@ def parse_shards(texts: tuple[str, ...]) -> list[int]:
     return sorted(numbers)
 
 
-def subset(items: Iterable[Any], percentage: float, max_episodes: int | None) -> Iterator[Any]:
-    """A percentage of the items, evenly spaced, and at most max_episodes."""
-    edges = (int(i * percentage / 100) for i in itertools.count())
-    taken = (item for item, (before, after) in zip(items, itertools.pairwise(edges), strict=False) if after > before)
-    return itertools.islice(taken, max_episodes)
-
-
-# --------------------------------------------------------------------------------------------------- Finding the source
-
-
 def find_files(args: Args, shards: list[int]) -> tuple[str, list[Path]]:
     """The format and, in order, its files (of DQN Replay those of the observations) that --shards names, or all.
 
     Raises InputError if there is no dataset, several, or if a shard of it is missing.
     """
     paths = [find_source(path) for path in args.source]
+    source = ", ".join(map(str, args.source))
     found: dict[tuple[str, Path, str | None, str | None], dict[int, list[Path]]] = {}
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             for name, pattern in FILES.items():
-                names = (file.name, "/".join(file.absolute().parts[-2:])) if args.format in ("auto", name) else ()
-                match = next(filter(None, map(pattern.fullmatch, names)), None)
+                match = pattern.fullmatch(file.name) or pattern.fullmatch("/".join(file.absolute().parts[-2:]))
                 group = match.groupdict() if match else {}
                 run, count, shard = group.get("run"), group.get("count"), int(group.get("shard") or NO_NUMBER)
                 if match and (run is None or args.run in (None, int(run))):
                     found.setdefault((name, file.parent, run, count), {}).setdefault(shard, []).append(file)
-    source = ", ".join(map(str, args.source))
     if not found:
-        raise InputError(f"{source} holds no files of {'a known format' if args.format == 'auto' else args.format}")
+        raise InputError(f"{source} holds no files of a known format")
     if len(found) > 1:
         kinds = ", ".join(f"{name} in {folder}" + (f" run {run}" if run else "") for name, folder, run, _ in found)
-        raise InputError(f"{source} holds several datasets ({kinds}): choose one by --source, --run or --format")
+        raise InputError(f"{source} holds several datasets ({kinds}): choose one by --source or --run")
     (name, folder, _, count), parts = found.popitem()
-    if NO_NUMBER in parts:
-        if shards:
-            raise InputError(f"{folder} holds no shards with numbers: leave out --shards")
-        return name, parts[NO_NUMBER]
     last = int(count or len(dataset_info(folder).get("splits", ())) or max(parts) + 1)
-    whole = range(last) if all(path.is_dir() for path in paths) else sorted(parts)
+    numbered = NO_NUMBER not in parts and all(path.is_dir() for path in paths)
+    whole = range(last) if numbered else sorted(parts)
     for number in shards or whole:
         if number not in parts:
             raise InputError(f"{folder} lacks shard {number}" + ("" if shards else "; --shards converts a part"))
@@ -119,9 +94,6 @@ def check_name(path: Path, env_id: str) -> None:
         raise InputError(f"{path} is of {named[-1]}, not of {env_id}")
 
 
-# ----------------------------------------------------------------------------------------------------------- Converting
-
-
 def open_source(args: Args, out: Path) -> Source:
     """What to convert, downloaded if need be, with all of meta.json. Raises InputError for data of another game."""
     shards = parse_shards(args.shards)
@@ -130,37 +102,19 @@ def open_source(args: Args, out: Path) -> Source:
     elif args.run is not None:
         num_actions(args.env_id)
         share = args.percentage / 100 if args.max_episodes is None else 0  # of the steps, to be kept for sure
-        name, files = "rl_unplugged", download(args.env_id, args.run, shards, args.download_dir, args.base_url, out, share)
+        name, files = "rl_unplugged", download(args.env_id, args.run, shards, args.download_dir, out, share)
     else:
         raise InputError("name what to convert by --source, or a run of RL Unplugged to download by --run 1 (to 5)")
     source = open_minari(files[0].parent, args.observation_key) if name == "minari" else OPEN[name](files)
-    meta: dict[str, Any] = {"benchmark": "bsuite", "num_actions": source.num_actions, "noise": 0.0}
+    meta: dict[str, Any] = {"benchmark": "bsuite", "noise": 0.0}
     if source.shape == FRAME:
         check_name(files[0], args.env_id)
         actions = num_actions(args.env_id)
-        if source.num_actions not in (None, actions):
-            raise InputError(f"{files[0]} has {source.num_actions} actions, but {args.env_id} has {actions}")
+        if source.meta.get("num_actions", actions) != actions:
+            raise InputError(f"{files[0]} has {source.meta['num_actions']} actions, but {args.env_id} has {actions}")
         meta = {"benchmark": "atari", "num_actions": actions, "reference_returns": reference_returns(args.env_id)}
     taken = {"files": [file.name for file in files], "percentage": args.percentage, "max_episodes": args.max_episodes}
     return source._replace(meta=meta | source.meta | taken | {"env_id": args.env_id})
-
-
-def write(source: Source, out: Path, percentage: float = 100.0, max_episodes: int | None = None) -> Path:
-    """Writes a part of the episodes, with progress on stderr and a summary on stdout, and returns the new folder."""
-    steps = source.steps * percentage / 100
-    steps = steps if max_episodes is None else min(steps, max_episodes * source.length)
-    step_bytes = STEP_BYTES if source.shape == FRAME else 4 * math.prod(source.shape) + 11
-    print(check_disk(out, steps * step_bytes, "take less by --shards, --percentage or --max-episodes"))
-    bar = tqdm(total=round(steps), unit="step", unit_scale=True, desc=f"converting {source.meta['env_id']}")
-    with bar, write_dataset(out, **source.meta) as writer:
-        for episode in source.read(subset(source.items, percentage, max_episodes)):
-            if len(episode.action):
-                episode.add_to(writer)
-                bar.update(len(episode.action) + 1)
-        if not writer.returns:
-            raise InputError("no episode is left, or none has a step: take more by --percentage")
-    print(writer.summary(out))
-    return out
 
 
 def convert(args: Args) -> Path:
@@ -169,27 +123,16 @@ def convert(args: Args) -> Path:
     Raises InputError for damaged or missing files, data of another game, and a full disk; then nothing is left behind
     but what was downloaded.
     """
-    if not 0 < args.percentage <= 100:
-        raise InputError(f"--percentage must be above 0 and at most 100, not {args.percentage:g}")
-    if args.max_episodes is not None and args.max_episodes < 1:
-        raise InputError(f"--max-episodes must be at least 1, not {args.max_episodes}")
+    if not 0 < args.percentage <= 100 or (args.max_episodes is not None and args.max_episodes < 1):
+        raise InputError("--percentage is above 0 and at most 100, and --max-episodes at least 1")
     out = args.out or default_folder(args.env_id)
     if out.exists():
         raise InputError(f"{out} exists already; remove it or name another folder")
     source = open_source(args, out)
     if source.shape != FRAME and args.out is None:
         out = Path("datasets/bsuite") / args.env_id
-    return write(source, out, args.percentage, args.max_episodes)
-
-
-def main(args: Args) -> None:
-    if args.export_minari is None:
-        convert(args)
-    elif len(args.source) > 1:
-        raise InputError("--export-minari takes one folder as --source")
-    else:
-        export_minari(args.source[0] if args.source else default_folder(args.env_id), args.export_minari)
+    return convert_source(source, out, args.percentage, args.max_episodes)
 
 
 if __name__ == "__main__":
-    run_program(lambda: main(tyro.cli(Args, description=__doc__)))
+    run_program(lambda: convert(tyro.cli(Args, description=__doc__)))

@@ -1,36 +1,36 @@
-"""The one dataset format that the scripts train from: a folder of NumPy files, steps in time order.
-
-    observation.npy   float32 [N, ...] or uint8 [N, 84, 84]
-    action.npy        int32 [N]
-    reward.npy        float32 [N]
-    is_first.npy  is_last.npy  is_terminal.npy      bool [N]
-    meta.json         format version, environment, number of actions, where the steps come from, their count and returns
-
-RLDS convention: action[t] and reward[t] follow observation[t]; an episode's last step has only an observation, and its
-action and reward are 0. is_terminal marks the ends where the value is 0, as opposed to episodes that were cut off.
+"""The one dataset format that the scripts train from, which data/README.md describes: it is written, opened and made from
+other formats here. A dataset is a folder of NumPy files, steps in time order.
 """
 
 import errno
 import fcntl
+import importlib
+import itertools
 import json
+import math
 import operator
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+from tqdm import tqdm
 
 FORMAT_VERSION = 1
 DTYPES = {"action": np.int32, "reward": np.float32, "is_first": np.bool_, "is_last": np.bool_, "is_terminal": np.bool_}
 FIELDS = ("observation", *DTYPES)
 FRAME = (84, 84)  # of Atari
+STEP_BYTES = math.prod(FRAME) + 11  # of Atari: a frame; action, reward and flags
+AHEAD = 4  # episodes of another format that are read while one is written
 
 
 class InputError(Exception):
@@ -40,18 +40,19 @@ class InputError(Exception):
 class Dataset(NamedTuple):
     """N steps in time order; the arrays are memory-mapped."""
 
-    observation: NDArray  # [N, ...] float32 or uint8
+    observation: NDArray  # [N, ...] float32, or uint8 [N, 84, 84]
     action: NDArray  # [N] int32
     reward: NDArray  # [N] float32
     is_first: NDArray  # [N] bool
     is_last: NDArray  # [N] bool
-    is_terminal: NDArray  # [N] bool
+    is_terminal: NDArray  # [N] bool, ends where the value is 0; other ends are truncated
     meta: dict[str, Any]
     path: Path  # its folder
 
 
 def meta_fault(meta: dict[str, Any]) -> str | None:
     """What the programs cannot use in a meta.json, if anything."""
+    actions = meta.get("num_actions")
     references = meta.get("reference_returns") or {"random": 0, "online_dqn": 1}
     try:
         scale = references["online_dqn"] - references["random"]
@@ -59,6 +60,7 @@ def meta_fault(meta: dict[str, Any]) -> str | None:
         scale = 0
     for wrong, fault in (
         (not isinstance(meta.get("env_id"), str), "meta.json names no env_id"),
+        (not isinstance(actions, int) or actions < 1, f"num_actions is an integer from 1 on, not {actions!r:.60}"),
         (not isinstance(meta.get("noise", 0.0), int | float), f"its noise is {meta.get('noise')!r}, which is no number"),
         (scale == 0, f"its reference_returns are {references!r}, not two numbers: random and, unlike it, online_dqn"),
     ):
@@ -70,18 +72,11 @@ def meta_fault(meta: dict[str, Any]) -> str | None:
 # ------------------------------------------------------------------------------------------------------------- Writing
 
 
-def as_json(name: str, value: Any) -> Any:
-    """An entry of meta.json as it is read again; NumPy's become Python's. Raises InputError for what JSON cannot hold."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, np.generic | np.ndarray):
-            return value.tolist()
-        raise TypeError(f"JSON has no {type(value).__name__}")
-
-    try:
-        return json.loads(json.dumps(value, default=plain, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"meta.json cannot hold {name}: {error}") from None
+def as_python(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's, for JSON."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"JSON has no {type(value).__name__}")
 
 
 def as_numbers(name: str, values: ArrayLike) -> NDArray:
@@ -125,12 +120,12 @@ def describe(returns: Sequence[float]) -> str:
 class DatasetWriter:
     """Appends episodes to a folder that write_dataset made; memory holds one episode at a time."""
 
-    def __init__(self, folder: Path, num_actions: int, frames: bool):
+    def __init__(self, folder: Path, meta: dict[str, Any]):
         self.returns: list[float] = []
         self.steps = 0
-        self.meta: dict[str, Any] = {}  # for meta.json too, if known only at the end; never refused
-        self._num_actions = num_actions
-        self._frames = frames  # whether the observations must be Atari's
+        self.meta = meta  # meta.json is made of it at the end
+        self._num_actions = meta["num_actions"]
+        self._frames = meta.get("benchmark") == "atari"  # whether the observations must be Atari's
         self._files = {field: (folder / f"{field}.npy").open("wb") for field in FIELDS}
         self._observation_type: tuple[np.dtype, tuple[int, ...]] | None = None
 
@@ -138,7 +133,7 @@ class DatasetWriter:
         """Appends one episode of L + 1 observations [L + 1, ...], L >= 1 actions [L] and L rewards [L].
 
         Observations other than frames, uint8 [L + 1, 84, 84], and rewards become float32. Actions are integers.
-        terminal: whether the value after the last observation is 0 (otherwise the episode was cut off).
+        terminal: whether the value after the last observation is 0 (otherwise the episode is truncated).
         Raises InputError, and adds nothing, where the lengths do not fit each other or the observations those of earlier
         episodes, where an action is out of range or no integer, where a number is not finite in float32, an integer not
         exact in it, and for arrays of anything but numbers.
@@ -200,7 +195,7 @@ class DatasetWriter:
         Raises InputError if there is no episode.
         """
         if self._observation_type is None:
-            raise InputError("there is no episode to write")
+            raise InputError("there is no episode to write, or none with a step")
         for field, file in self._files.items():
             file.seek(0)
             self._write_header(field)
@@ -216,7 +211,8 @@ class DatasetWriter:
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # the disk is full: that error is under way already
+                file.close()
 
 
 @contextmanager
@@ -242,63 +238,41 @@ def write_dataset(path: Path | str, *, env_id: str, num_actions: int, **meta: An
     """Makes the dataset folder `path`, whole when the block ends, or not at all.
 
     The files are written beside `path` and renamed at the end. What a killed program left there is removed first.
-    meta: benchmark, reference_returns where they are known, {"random": ..., "online_dqn": ...}, and whatever tells where
-    the steps come from; what is None is left out. steps, episodes, returns and observation_shape are added. Raises
-    InputError at once if `path` exists or cannot be made, if num_actions is no count or meta no JSON or of no use to the
-    programs; later if nothing was added or the disk is full.
+    meta: more of meta.json, see data/README.md; what is None is left out. steps, episodes, returns and observation_shape
+    are added. Raises InputError at once if `path` exists, or if meta is no JSON or of no use to the programs; at the end
+    if nothing was added, or if `path` has appeared meanwhile.
     """
     path = Path(path)
     if os.path.lexists(path):
         raise InputError(f"{path} exists already; remove it or name another folder")
+    meta = {"env_id": env_id, "num_actions": num_actions, **meta, "format_version": FORMAT_VERSION}
+    meta = {name: value for name, value in meta.items() if value is not None}
     try:
-        actions = operator.index(num_actions)
-    except TypeError:
-        actions = 0
-    if not 1 <= actions <= 2**31:
-        raise InputError(f"num_actions is an integer of at least 1, not {num_actions!r:.60}")
-    meta = {"format_version": FORMAT_VERSION, "env_id": env_id, "num_actions": actions, **meta}
-    meta = {name: as_json(name, value) for name, value in meta.items() if value is not None}
-    meta["format_version"] = FORMAT_VERSION
+        meta = json.loads(json.dumps(meta, default=as_python, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not written: its meta.json cannot be: {error}") from None
     if fault := meta_fault(meta):
         raise InputError(f"{path} is not written: {fault}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.partial-"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
         with _locked(path.parent):
             for leftover in path.parent.glob(f"{prefix}*"):
                 # It blocks: a living program writes there. Not found: that program has just finished. No locks: who knows.
                 with suppress(OSError), _locked(leftover, fcntl.LOCK_NB):
                     shutil.rmtree(leftover)
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent.absolute()))
-            lock = ExitStack()
-            lock.enter_context(_locked(folder))
-    except OSError as error:
-        raise InputError(f"{path} cannot be made: {error.filename}: {error.strerror}") from None
-    writer = DatasetWriter(folder, actions, frames=meta.get("benchmark") == "atari")
-    try:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.enter_context(_locked(folder))
+        writer = stack.enter_context(closing(DatasetWriter(folder, meta)))
         yield writer
-        found, late = writer.finish(), {}
-        for name, value in writer.meta.items():  # too late to refuse anything
-            try:
-                value = as_json(name, value)
-            except InputError:
-                value = repr(value)
-            if value is not None and name != "benchmark" and meta_fault({**meta, name: value}) is None:
-                late[name] = value
-        (folder / "meta.json").write_text(json.dumps(meta | late | meta | found, indent=2) + "\n")
+        found = writer.finish()
+        (folder / "meta.json").write_text(json.dumps(writer.meta | found, indent=2) + "\n")
         folder.chmod(0o755)
-        folder.rename(folder.with_name(path.name))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"the disk is full: {path} needs more than is free there") from error
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise InputError(f"{path} appeared while this program was writing it; it was left as it is") from error
-        raise
-    finally:
-        with suppress(OSError):  # a full disk again: the error is under way already
-            writer.close()
-        lock.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.rename(folder.with_name(path.name))
+        except OSError as error:
+            raise InputError(f"{path} could not be put in its place, or appeared meanwhile: {error.strerror}") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- Reading
@@ -310,8 +284,6 @@ def open_dataset(path: Path) -> Dataset:
     Raises InputError, naming the file, where something is missing, damaged or does not fit the format.
     """
     path, arrays = Path(path), {}
-    if not path.is_dir():
-        raise InputError(f"there is no dataset folder {path}")
     file = path / "meta.json"
     try:
         meta = json.loads(file.read_text())
@@ -344,24 +316,91 @@ def open_dataset(path: Path) -> Dataset:
     return data
 
 
-# -------------------------------------------------------------------------------------------------------------- Programs
+# ------------------------------------------------------------------------------------------------------------ Converting
 
 
-def on_disk(folder: Path) -> Path:
-    """The innermost of a folder's parents that exists, or the folder itself."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+class Episode(NamedTuple):
+    where: str  # file and record
+    observation: NDArray  # [L + 1, 84, 84] uint8 or [L + 1, ...] float32
+    action: NDArray  # [L]
+    reward: NDArray  # [L]
+    terminal: bool
 
 
-def check_disk(folder: Path, need: float, hint: str) -> str:
-    """One line on what is needed and what is free.
+class Source(NamedTuple):
+    """A dataset of another format."""
+
+    episodes: Iterable[Callable[[], Episode]]  # in order of time; a call may be made in a thread, or left out
+    steps: float  # about how many there are
+    length: float  # about how many an episode has
+    meta: dict[str, Any]  # for meta.json
+    shape: tuple[int, ...] = FRAME  # of an observation
+
+
+def optional(*names: str) -> list[Any]:
+    """Imports packages of the extra `formats`. Raises InputError if one is not installed."""
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        missing = "reading other formats of datasets needs more packages: python -m pip install -e '.[formats]'"
+        raise InputError(f"{missing} ({error})") from None
+
+
+def check_disk(folder: Path, need: float, hint: str) -> None:
+    """Prints what is needed and what is free.
 
     Raises InputError, ending in `hint`, if `need` bytes do not fit into `folder`, which need not exist.
     """
-    free = shutil.disk_usage(on_disk(folder)).free
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     sizes = f"about {need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there"
     if need > free:
         raise InputError(f"{folder} needs {sizes}: {hint}")
-    return f"{folder} needs {sizes}"
+    print(f"{folder} needs {sizes}")
+
+
+def subset(items: Iterable[Any], percentage: float, max_episodes: int | None) -> Iterator[Any]:
+    """A percentage of the items, evenly spaced, and at most max_episodes."""
+    edges = (int(i * percentage / 100) for i in itertools.count())
+    taken = (item for item, (before, after) in zip(items, itertools.pairwise(edges), strict=False) if after > before)
+    return itertools.islice(taken, max_episodes)
+
+
+def read_ahead(episodes: Iterable[Callable[[], Episode]]) -> Iterator[Episode]:
+    """Makes the calls in threads, and yields what they return, in order."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting: deque[Future[Episode]] = deque()
+        for episode in episodes:
+            waiting.append(pool.submit(episode))
+            if len(waiting) == AHEAD:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
+
+
+def convert_source(source: Source, out: Path, percentage: float = 100.0, max_episodes: int | None = None) -> Path:
+    """Makes a dataset of a part of the episodes, with progress on stderr and a summary on stdout, and returns its folder.
+
+    Raises InputError, naming the place, for an episode that does not fit, and if none is left or the disk is too small.
+    """
+    steps = min(source.steps * percentage / 100, (max_episodes or math.inf) * source.length)
+    step_bytes = STEP_BYTES if source.shape == FRAME else 4 * math.prod(source.shape) + 11
+    check_disk(out, steps * step_bytes, "take less of the data, or name another --out")
+    bar = tqdm(total=round(steps), unit="step", unit_scale=True, desc=f"converting {source.meta['env_id']}")
+    with bar, write_dataset(out, **source.meta) as writer:
+        for where, observation, action, reward, terminal in read_ahead(subset(source.episodes, percentage, max_episodes)):
+            if len(action) == 0:
+                continue
+            try:
+                writer.add_episode(observation, action, reward, terminal)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+            bar.update(len(observation))
+    print(writer.summary(out))
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- Programs
 
 
 def run_program(program: Callable[[], object]) -> None:

@@ -1,19 +1,19 @@
 """DQN Replay (Agarwal et al. 2020, arXiv 1907.04543): the replay buffers that Dopamine saved, gzipped NumPy arrays."""
 
+import functools
 import gzip
 import io
 import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.dataset import InputError
-from data.source import FRAME, LONGEST, Episode, Source, refuse_copies
+from data.dataset import FRAME, Episode, InputError, Source
 
 OBSERVATIONS = re.compile(r"\$store\$_observation_ckpt\.(?P<shard>\d+)\.gz")
 
@@ -59,11 +59,11 @@ def read_count(observations: Path, rows: int) -> int:
     return int(count)
 
 
-def read_episodes(files: list[Path]) -> Iterator[Episode]:
-    """The episodes of the checkpoints, in order; memory holds one at a time. Raises InputError for damaged files.
+def read_episodes(files: list[Path]) -> Iterator[Callable[[], Episode]]:
+    """The episodes of the checkpoints, in order. Raises InputError for damaged files.
 
     Every episode starts with three blank rows, which are dropped. A terminal row ends it; there is no observation after
-    it, so its own is repeated. The buffer's edges cut an episode, and so does the place where the buffer was written
+    it, so its own is repeated. The buffer's edges truncate an episode, and so does the place where the buffer was written
     (add_count): the rows after that are of an earlier lap. DQN Replay's buffers were saved one row before a lap's end
     (batch_rl's logged_replay_buffer.py), which makes their last row such a rest; on its own it holds no step.
     """
@@ -71,8 +71,6 @@ def read_episodes(files: list[Path]) -> Iterator[Episode]:
         action, reward, terminal = (read_column(file, name) for name in COLUMNS)
         rows = len(action)
         count = read_count(file, rows)
-        if (terminal[:count] > 1).any():
-            raise InputError(f"{beside(file, '$store$_terminal')} holds {terminal[:count].max()}, but terminal is 0 or 1")
         ends = {*(np.flatnonzero(terminal) + 1).tolist(), min(count, rows), count % rows}
         start = 0
         try:
@@ -83,8 +81,6 @@ def read_episodes(files: list[Path]) -> Iterator[Episode]:
                 if not fits or fortran_order:
                     raise InputError(f"{file} holds {dtype} {shape}, not {rows} frames uint8 84x84 for as many actions")
                 for end in sorted(end for end in ends if 0 < end <= min(count, rows)):
-                    if end - start > LONGEST:
-                        raise InputError(f"{file}: the episode from row {start} has more than {LONGEST} steps")
                     frames = np.frombuffer(stream.read((end - start) * math.prod(FRAME)), np.uint8).reshape(-1, *FRAME)
                     if len(frames) < end - start:
                         raise EOFError("it ends there")
@@ -95,7 +91,8 @@ def read_episodes(files: list[Path]) -> Iterator[Episode]:
                     steps = slice(start + blank, end if ended else end - 1)
                     if steps.start < steps.stop:
                         observation = np.append(frames[blank:], frames[-1:], axis=0) if ended else frames[blank:]
-                        yield Episode(f"{file}, row {start}", observation, action[steps], reward[steps], ended)
+                        where = f"{file}, row {start}"
+                        yield functools.partial(Episode, where, observation, action[steps], reward[steps], ended)
                     start = end
                 while stream.read(2**20):  # up to the checksum
                     pass
@@ -104,10 +101,9 @@ def read_episodes(files: list[Path]) -> Iterator[Episode]:
 
 
 def open_checkpoints(files: list[Path]) -> Source:
-    """The checkpoints of one run; files: those of the observations. Raises InputError for damaged files and for copies."""
-    refuse_copies((beside(file, "$store$_action"), read_column(file, "action").tobytes()) for file in files)
+    """The checkpoints of one run; files: those of the observations. Raises InputError for damaged files."""
     terminals = [read_column(file, "terminal") for file in files]
     steps = sum(map(len, terminals))
     length = steps / max(1, sum(map(np.count_nonzero, terminals)))
     meta = {"source": "DQN Replay, recorded while a DQN learns", "sticky_actions": 0.25}
-    return Source(read_episodes(files), iter, steps, length, meta)
+    return Source(read_episodes(files), steps, length, meta)

@@ -1,48 +1,80 @@
-"""Records an Atari dataset in EnvPool: of random play, of a simple program, or of a DQN that learns.
+"""Records an Atari dataset in EnvPool, of random play or of a simple program; and what is known of each game.
 
     python -m data.record_atari --env-id Breakout --policy scripted --steps 100000
-    python -m data.record_atari --env-id Seaquest --policy dqn --steps 1000000 --out datasets/atari/my_seaquest
 
 As in RL Unplugged (Gulcehre et al. 2020, arXiv 2006.13888) frames are single, 84 x 84 and gray, actions are sticky with
 probability 0.25, rewards are clipped to [-1, 1], and an episode ends at game over (is_terminal) or after 27,000 steps. The
-episodes that are still running at the end are written as cut off. meta.json has the game's own, unclipped returns besides.
+episodes that are still running at the end are truncated. meta.json has the game's own, unclipped returns besides.
 """
 
+import difflib
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data.dataset import InputError, check_disk, describe, run_program, summarize, write_dataset
-from data.games import STEP_BYTES, check_game, default_folder, num_actions, reference_returns
+from data.dataset import STEP_BYTES, InputError, check_disk, describe, run_program, summarize, write_dataset
 
 DEFAULT_STEPS = 100_000  # of the dataset that the training scripts record where there is none
 NOISE_LEVELS = (0.0, 0.1, 0.3, 0.6, 1.0)  # of the simple programs
 PLAYERS = {
     "random": "uniformly random play",
     "scripted": f"a simple program that reads the game's memory, with noise of {', '.join(map(str, NOISE_LEVELS))}",
-    "dqn": "a DQN learning from scratch",
 }
 
 
 @dataclass(frozen=True)
 class Args:
     env_id: str  # the game, as in "MsPacman"
-    policy: Literal["random", "scripted", "dqn"] = "random"  # who plays
+    policy: Literal["random", "scripted"] = "random"  # who plays
     steps: int = DEFAULT_STEPS  # to play in all, rounded up to what the environments play at once
     seed: int = 0  # of the policy and the environments
     num_envs: int = 16  # environments side by side; each keeps its running episode in memory, at most 190 MB
     out: Path | None = None  # folder to make; by default where the training scripts look for it, under datasets/atari/
+
+
+# --------------------------------------------------------------------------------------------------------------- Games
+
+# RL Unplugged's returns of its 46 games: random play, the online DQN that made the data, and PRIOR_METHODS, all offline.
+SCORES: dict[str, dict[str, float]] = json.loads((Path(__file__).parent / "rlu_atari_scores.json").read_text())
+PRIOR_METHODS = ("BC", "BCQ", "DQN", "IQN", "REM")
+
+
+@functools.cache
+def games() -> tuple[str, ...]:
+    """The names of all games that EnvPool knows, such as MsPacman."""
+    from envpool.atari.registration import atari_game_list
+
+    return tuple("".join(part.capitalize() for part in game.split("_")) for game in atari_game_list)
+
+
+@functools.cache
+def num_actions(env_id: str) -> int:
+    """The size of the game's minimal action set. Raises InputError for an unknown game, with the closest known one."""
+    import envpool
+
+    if env_id not in games():
+        known = {game.lower(): game for game in games()}
+        closest = known[difflib.get_close_matches(env_id.lower(), known, n=1, cutoff=0.0)[0]]
+        raise InputError(f"there is no Atari game {env_id!r}; did you mean {closest!r}?")
+    return int(envpool.make_spec(f"{env_id}-v5", full_action_space=False).action_space.n)
+
+
+def default_folder(env_id: str) -> Path:
+    """The place of a game's dataset, where the recorder and the converter put it and the training scripts look for it."""
+    return Path("datasets/atari") / env_id
+
+
+def reference_returns(env_id: str) -> dict[str, float] | None:
+    """RL Unplugged's returns of random play and of the online DQN; None for a game that is not among its 46."""
+    return {name: SCORES[env_id][name] for name in ("random", "online_dqn")} if env_id in SCORES else None
 
 
 # --------------------------------------------------------------------------------------------------------- Environments
@@ -60,7 +92,7 @@ def make_environments(env_id: str, num_envs: int, seed: int, sticky_actions: flo
     the action, and returns the next episode's first observation, reward 0, and info["elapsed_step"] 0. Environment i is the
     same for any num_envs. Raises InputError for an unknown game or impossible numbers.
     """
-    check_game(env_id)
+    num_actions(env_id)
     if num_envs < 1:
         raise InputError(f"the number of environments must be at least 1, not {num_envs}")
     if not 0 <= seed < 2**32:
@@ -192,135 +224,7 @@ class ScriptedPolicy:
         return np.where(noisy, self._random.integers(self._num_actions, size=num_envs), action)
 
 
-# ------------------------------------------------------------------------------------------------------------------ DQN
-
-
-class QNetwork(nn.Module):
-    """From stacks [B, 84, 84, 4] uint8 to action values [B, A] (Mnih et al. 2015)."""
-
-    num_actions: int
-
-    @nn.compact
-    def __call__(self, observation: jax.Array) -> jax.Array:
-        x = observation.astype(jnp.float32) / 255
-        for channels, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-            x = nn.relu(nn.Conv(channels, (size, size), stride, padding="VALID")(x))
-        return nn.Dense(self.num_actions)(nn.relu(nn.Dense(512)(x.reshape(len(x), -1))))
-
-
-class Transition(NamedTuple):
-    observation: Any  # [B, 84, 84, 4] uint8
-    action: Any  # [B] int
-    reward: Any  # [B] float32, clipped
-    discount: Any  # [B] float32, 0 at game over
-    next_observation: Any  # [B, 84, 84, 4] uint8
-
-
-class Replay:
-    """The latest steps, in a ring: row t has what the V environments showed, and the actions that they then got."""
-
-    def __init__(self, rows: int, num_envs: int, seed: int):
-        self._frame = np.zeros((rows, num_envs, 84, 84), np.uint8)
-        self._action = np.zeros((rows, num_envs), np.int32)
-        self._reward = np.zeros((rows, num_envs), np.float32)
-        self._is_first, self._is_last, self._is_terminal = np.zeros((3, rows, num_envs), bool)
-        self._random = np.random.default_rng([seed, 2])
-        self.rows = 0  # written since the start
-
-    def add(self, step: Step, action: NDArray) -> None:
-        row = self.rows % len(self._frame)
-        self._frame[row], self._action[row] = step.observation[:, -1], action
-        self._reward[row] = np.clip(step.reward, -1, 1)
-        self._is_first[row], self._is_last[row], self._is_terminal[row] = step.is_first, step.is_last, step.is_terminal
-        self.rows += 1
-
-    def sample(self, size: int) -> Transition:
-        """Draws uniformly from the transitions that are whole; four rows must have been written."""
-        t, v = np.zeros(0, int), np.zeros(0, int)
-        oldest = max(0, self.rows - len(self._frame))
-        oldest += 3 if oldest else 0  # the stack before it is overwritten
-        while len(t) < size:
-            new_t = self._random.integers(oldest, self.rows - 1, size=size)
-            new_v = self._random.integers(self._frame.shape[1], size=size)
-            acted = ~self._is_last[new_t % len(self._frame), new_v]
-            t, v = np.append(t, new_t[acted])[:size], np.append(v, new_v[acted])[:size]
-        row, after = t % len(self._frame), (t + 1) % len(self._frame)
-        discount = np.where(self._is_terminal[after, v], 0, 1).astype(np.float32)
-        return Transition(self._stack(t, v), self._action[row, v], self._reward[after, v], discount, self._stack(t + 1, v))
-
-    def _stack(self, t: NDArray, v: NDArray) -> NDArray:
-        """[B, 84, 84, 4]; where it would reach before its episode, it repeats the episode's first frame."""
-        frames = [t]
-        for _ in range(3):
-            frames.append(np.where(self._is_first[frames[-1] % len(self._frame), v], frames[-1], frames[-1] - 1))
-        return np.stack([self._frame[each % len(self._frame), v] for each in reversed(frames)], axis=-1)
-
-
-class DQNPolicy:
-    """Deep Q-learning from scratch (Mnih et al. 2015) with Dopamine's settings (Castro et al. 2018).
-
-    For short runs its schedules are shorter. It makes an update every four steps; its replay takes 7 kB of memory a step.
-    """
-
-    batch_size, update_period, discount = 32, 4, 0.99
-
-    def __init__(self, num_actions: int, num_envs: int, steps: int, seed: int):
-        self._min_replay = min(20_000, steps // 20)
-        self._epsilon_steps = max(1, min(250_000, steps // 4))  # over which epsilon falls from 1 to 0.01
-        self._target_period = max(1, min(8_000, steps // 50) // self.update_period)  # updates
-        self._network = QNetwork(num_actions)
-        self._optimizer = optax.adam(6.25e-5, eps=1.5e-4)
-        params = jax.jit(self._network.init)(jax.random.key(seed), jnp.zeros((1, 84, 84, 4), jnp.uint8))
-        self._state = (params, jax.tree.map(jnp.copy, params), self._optimizer.init(params), jnp.int32(0))
-        self._greedy = jax.jit(lambda params, stack: jnp.argmax(jnp.asarray(self._network.apply(params, stack)), axis=-1))
-        self._replay = Replay(-(-min(steps, 1_000_000) // num_envs) + 4, num_envs, seed)
-        self._random = np.random.default_rng([seed, 1])  # not the environments' stream
-        self._num_actions = num_actions
-        self._updates_due = 0.0
-
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def _learn(self, state: tuple, batch: Transition) -> tuple:
-        params, target_params, optimizer_state, count = state
-
-        def loss(params: Any) -> jax.Array:
-            q = jnp.asarray(self._network.apply(params, batch.observation))  # [B, A]
-            q = jnp.take_along_axis(q, batch.action[:, None], axis=1)[:, 0]
-            next_q = jnp.max(jnp.asarray(self._network.apply(target_params, batch.next_observation)), axis=1)
-            return optax.huber_loss(q, batch.reward + self.discount * batch.discount * next_q).mean()
-
-        updates, optimizer_state = self._optimizer.update(jax.grad(loss)(params), optimizer_state, params)
-        params = optax.apply_updates(params, updates)
-        target_params = optax.periodic_update(params, target_params, count + 1, self._target_period)
-        return params, target_params, optimizer_state, count + 1
-
-    def __call__(self, step: Step) -> NDArray:
-        num_envs = len(step.reward)
-        played = self._replay.rows * num_envs
-        epsilon = max(0.01, 1 - 0.99 * max(0, played - self._min_replay) / self._epsilon_steps)
-        explore = self._random.random(num_envs) < epsilon
-        action = self._random.integers(self._num_actions, size=num_envs)
-        if not explore.all():
-            greedy = self._greedy(self._state[0], np.moveaxis(step.observation, 1, -1))
-            action = np.where(explore, action, np.asarray(greedy))
-        self._replay.add(step, action)
-        if played >= self._min_replay and self._replay.rows >= 4:
-            self._updates_due += num_envs / self.update_period
-            while self._updates_due >= 1:
-                self._state = self._learn(self._state, self._replay.sample(self.batch_size))
-                self._updates_due -= 1
-        return action
-
-
 # -------------------------------------------------------------------------------------------------------------- Recorder
-
-
-def make_policy(args: Args) -> RandomPolicy | ScriptedPolicy | DQNPolicy:
-    """Raises InputError for a game without a script."""
-    if args.policy == "random":
-        return RandomPolicy(num_actions(args.env_id), args.seed)
-    if args.policy == "scripted":
-        return ScriptedPolicy(args.env_id, args.num_envs, args.seed)
-    return DQNPolicy(num_actions(args.env_id), args.num_envs, args.steps, args.seed)
 
 
 def record(args: Args) -> Path:
@@ -328,14 +232,13 @@ def record(args: Args) -> Path:
 
     Raises InputError for impossible settings, a folder that exists already, or too little room on the disk.
     """
-    if args.steps < 1:
-        raise InputError(f"the number of steps must be at least 1, not {args.steps}")
     out = default_folder(args.env_id) if args.out is None else args.out
     environments = make_environments(args.env_id, args.num_envs, args.seed)
-    if not out.exists():
-        # Every episode has an observation more than it has actions.
-        check_disk(out, 1.02 * args.steps * STEP_BYTES, "name fewer --steps or another --out")
-    policy = make_policy(args)
+    # Every episode has an observation more than it has actions.
+    check_disk(out, 1.02 * args.steps * STEP_BYTES, "name fewer --steps or another --out")
+    policy: Callable[[Step], NDArray] = RandomPolicy(num_actions(args.env_id), args.seed)
+    if args.policy == "scripted":
+        policy = ScriptedPolicy(args.env_id, args.num_envs, args.seed)
     # Frames, actions and rewards of the running episodes.
     running: list[tuple[list, list, list]] = [([], [], []) for _ in range(args.num_envs)]
     returns: list[float] = []  # the game's, of whole episodes
@@ -347,35 +250,28 @@ def record(args: Args) -> Path:
         ) as writer,
         tqdm(total=args.steps, unit="step", desc=f"recording {out}", mininterval=1) as progress,
     ):  # fmt: skip
-
-        def write_episode(v: int, terminal: bool) -> None:
-            frames, actions, rewards = running[v]
-            writer.add_episode(np.stack(frames), np.array(actions), np.clip(rewards, -1, 1), terminal)
-
         step, steps, action = first_step(environments), 0, np.zeros(args.num_envs, int)
         while True:
-            for v, (frames, actions, rewards) in enumerate(running):
-                if step.is_first[v]:
-                    for part in running[v]:
-                        part.clear()
-                else:
-                    actions.append(action[v])
-                    rewards.append(step.reward[v])
-                frames.append(step.observation[v, -1].copy())
-                if step.is_last[v]:
-                    write_episode(v, step.is_terminal[v])
-                    returns.append(float(np.sum(rewards)))
-                    progress.set_postfix(episodes=len(returns), game_return=f"{np.mean(returns[-100:]):.2f}", refresh=False)
             played = int(np.sum(~step.is_first))
             steps += played
             progress.update(min(played, args.steps - progress.n))
+            for v in range(args.num_envs):
+                if step.is_first[v]:
+                    running[v] = [], [], []
+                frames, actions, rewards = running[v]
+                if not step.is_first[v]:
+                    actions.append(action[v])
+                    rewards.append(step.reward[v])
+                frames.append(step.observation[v, -1].copy())
+                if step.is_last[v] or (actions and steps >= args.steps):
+                    writer.add_episode(np.stack(frames), np.array(actions), np.clip(rewards, -1, 1), step.is_terminal[v])
+                if step.is_last[v]:
+                    returns.append(float(np.sum(rewards)))
+                    progress.set_postfix(episodes=len(returns), game_return=f"{np.mean(returns[-100:]):.2f}", refresh=False)
             if steps >= args.steps:
                 break
             action = policy(step)
             step = next_step(environments, action)
-        for v, (_, actions, _) in enumerate(running):
-            if actions and not step.is_last[v]:
-                write_episode(v, terminal=False)
         writer.meta["game_return"] = summarize(returns)
     print(writer.summary(out))
     print(f"the game's own, of whole episodes: {describe(returns)}")
@@ -386,7 +282,7 @@ def record_if_missing(env_id: str) -> Path:
     """The default dataset's folder; what is not there yet is announced and recorded."""
     folder = default_folder(env_id)
     if not folder.exists():
-        check_game(env_id)  # a wrong name is an error before anything is announced
+        num_actions(env_id)  # a wrong name is an error before anything is announced
         policy: Literal["random", "scripted"] = "scripted" if env_id in SCRIPTS else "random"
         print(f"There is no dataset {folder}: recording {DEFAULT_STEPS:,} steps of {PLAYERS[policy]}. This is not")
         print("RL Unplugged's data and gives no score to compare; data/README.md says how to get the real ones.", flush=True)

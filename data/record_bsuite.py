@@ -7,9 +7,7 @@ the network and the settings of bsuite's DQN baseline, written as one compiled c
     python -m data.record_bsuite --env-id cartpole --noise 0.3 --seed 1 --out datasets/bsuite/my_cartpole
 """
 
-import difflib
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,15 +33,6 @@ REFERENCE_RETURNS = {  # mean returns of random play and of RL Unplugged's onlin
 }
 
 
-@dataclass(frozen=True)
-class Args:
-    env_id: str  # the task: catch, cartpole or mountain_car
-    noise: float = 0.0  # probability with which the environment replaces the agent's action by a uniform one
-    episodes: int | None = None  # to record; by default 2,000 (catch), 1,000 (cartpole) or 500 (mountain_car)
-    seed: int = 0  # of the agent and the environment
-    out: Path | None = None  # folder to make; by default where the training scripts look for it, under datasets/bsuite/
-
-
 class NoisyActions:
     """A bsuite environment that replaces the action by a uniform one with probability `noise`; the agent is not told."""
 
@@ -62,11 +51,9 @@ class NoisyActions:
 
 
 def make_environment(env_id: str, seed: int, noise: float = 0.0) -> NoisyActions:
-    """Makes a bsuite environment. Raises InputError for an unknown name, with the closest known one."""
+    """Makes a bsuite environment. Raises InputError for an unknown name and for impossible numbers."""
     if env_id not in ENVIRONMENTS:
-        closest = difflib.get_close_matches(env_id, ENVIRONMENTS, n=1, cutoff=0.0)[0]
-        known = ", ".join(ENVIRONMENTS)
-        raise InputError(f"there is no BSuite task {env_id!r} here; did you mean {closest!r}? (known: {known})")
+        raise InputError(f"there is no BSuite task {env_id!r} here, only {', '.join(ENVIRONMENTS)}")
     if not 0 <= seed < 2**32:
         raise InputError(f"a seed is from 0 to {2**32 - 1}, not {seed}")
     if not 0 <= noise <= 1:
@@ -176,12 +163,17 @@ class DQN:
 def record(env_id: str, noise: float = 0.0, episodes: int | None = None, seed: int = 0, out: Path | None = None) -> Path:
     """Records a dataset with progress on stderr, prints its returns on stdout, and returns its folder.
 
-    Raises InputError for impossible settings, a folder that exists already, or a full disk.
+    Raises InputError for impossible settings or a folder that exists already.
+
+    Args:
+        env_id: the task: catch, cartpole or mountain_car
+        noise: probability with which the environment replaces the agent's action by a uniform one
+        episodes: to record; by default 2,000 (catch), 1,000 (cartpole) or 500 (mountain_car)
+        seed: of the agent and the environment
+        out: folder to make; by default where the training scripts look for it, under datasets/bsuite/
     """
     environment = make_environment(env_id, seed, noise)
     episodes = EPISODES[env_id] if episodes is None else episodes
-    if episodes < 1:
-        raise InputError(f"the number of episodes must be at least 1, not {episodes}")
     out = default_folder(env_id, noise) if out is None else out
     num_actions = environment.action_spec().num_values
     agent = DQN(environment.observation_spec().shape, num_actions, seed)
@@ -230,4 +222,4 @@ def record_if_missing(env_id: str, noise: float) -> Path:
 
 
 if __name__ == "__main__":
-    run_program(lambda: record(**vars(tyro.cli(Args, description=__doc__))))
+    run_program(lambda: tyro.cli(record, description=__doc__))

@@ -6,7 +6,6 @@ brings the protocol buffer's definition, passes over both checksums.
 
 import gzip
 import json
-import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -16,46 +15,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.dataset import InputError
-from data.rl_unplugged import dataset_info
-
-try:
-    import crc32c
-    from google.protobuf.message import DecodeError
-    from tfrecord import example_pb2
-except ImportError:
-    raise InputError("reading TFRecord files needs two more packages: pip install -e '.[formats]'") from None
-
-LARGEST = 2**31 - 1  # bytes of a record; a protocol buffer has no more
+from data.dataset import InputError, optional
 
 
 def masked_crc(record: bytes) -> int:
     """TFRecord's checksum: CRC32C, rotated and offset."""
+    (crc32c,) = optional("crc32c")
     crc = crc32c.crc32c(record)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def shard_length(path: Path) -> int | None:
-    """How many records a file of TensorFlow Datasets has to have; None where dataset_info.json beside it says nothing.
-
-    Raises InputError if dataset_info.json is damaged.
-    """
-    name = re.search(r"-(?P<split>\w+)\.tfrecord-(?P<shard>\d{5})-of-\d{5}$", path.name)
-    try:
-        lengths = {split["name"]: split.get("shardLengths") for split in dataset_info(path.parent).get("splits", ())}
-        known = name is not None and lengths.get(name["split"])
-        return int(known[int(name["shard"])]) if name and known else None
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f"{path.parent / 'dataset_info.json'} does not fit {path.name}: {error!r}") from None
 
 
 def read_records(path: Path) -> Iterator[bytes]:
     """Yields the records of a TFRecord file, compressed by gzip or not.
 
-    Raises InputError, naming file and record, where the file is cut short or a checksum does not match. A cut between two
-    records is seen where TensorFlow Datasets has written how many there are.
+    Raises InputError, naming file and record, where the file is cut short or a checksum does not match, and for a file
+    without records.
     """
-    index, expected = 0, shard_length(path)
+    index = 0
     with path.open("rb") as probe:
         compressed = probe.read(2) == b"\x1f\x8b"
     with gzip.open(path, "rb") if compressed else path.open("rb") as file:
@@ -65,20 +41,17 @@ def read_records(path: Path) -> Iterator[bytes]:
                 if not header:
                     break
                 if len(header) < 12 or masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
-                    raise InputError(f"{path} is damaged or cut short at record {index}")
+                    raise EOFError("its length is wrong")
                 length = struct.unpack("<Q", header[:8])[0]
-                if length > LARGEST:
-                    raise InputError(f"{path} is damaged at record {index}: it would have {length} bytes")
                 record, checksum = file.read(length), file.read(4)
+                if len(checksum) < 4 or masked_crc(record) != struct.unpack("<I", checksum)[0]:
+                    raise EOFError("its checksum is wrong")
             except (EOFError, OSError, zlib.error) as error:
                 raise InputError(f"{path} is damaged or cut short at record {index}: {error}") from None
-            if len(record) < length or len(checksum) < 4 or masked_crc(record) != struct.unpack("<I", checksum)[0]:
-                raise InputError(f"{path} is damaged or cut short at record {index}")
             yield record
             index += 1
-    if expected not in (None, index):
-        found = f"it holds {index or 'no'} episodes, but dataset_info.json says {expected}"
-        raise InputError(f"{path} is damaged or cut short: {found}")
+    if index == 0:
+        raise InputError(f"{path} is damaged or cut short: it holds no episode")
 
 
 def read_example(record: bytes, where: str) -> dict[str, Any]:
@@ -86,9 +59,10 @@ def read_example(record: bytes, where: str) -> dict[str, Any]:
 
     Raises InputError, naming `where`, if the record is something else.
     """
+    messages, example_pb2 = optional("google.protobuf.message", "tfrecord.example_pb2")
     try:
         example = example_pb2.Example.FromString(record)
-    except DecodeError:
+    except messages.DecodeError:
         raise InputError(f"{where}: the record is not a tf.train.Example") from None
     features: dict[str, Any] = {}
     for name, feature in example.features.feature.items():
@@ -100,6 +74,16 @@ def read_example(record: bytes, where: str) -> dict[str, Any]:
         else:
             features[name] = np.array(feature.int64_list.value, np.int64)
     return features
+
+
+def dataset_info(folder: Path) -> dict[str, Any]:
+    """What TensorFlow Datasets says of a folder of its own; empty for others. Raises InputError if it is damaged."""
+    try:
+        return dict(json.loads((folder / "dataset_info.json").read_text()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder / 'dataset_info.json'} is damaged: {error}") from None
 
 
 def find_prepared(folder: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -119,10 +103,8 @@ def find_prepared(folder: Path) -> tuple[dict[str, Any], list[Path]]:
         raise InputError(f"{found[0]} does not describe episodes of steps (RLDS): {error!r}") from None
     files = sorted(found[0].parent.glob("*.tfrecord-?????-of-?????"))
     for file in files:
-        count = int(file.name[-5:])
-        for i in range(count):
-            shard = file.with_name(f"{file.name[:-15]}-{i:05d}-of-{count:05d}")
-            if not shard.is_file():
+        for i in range(int(file.name[-5:])):
+            if not (shard := file.with_name(f"{file.name[:-14]}{i:05d}{file.name[-9:]}")).is_file():
                 raise InputError(f"{shard} is missing, or no file")
     if not files:
         raise InputError(f"{found[0].parent} holds no record files (*.tfrecord-00000-of-00001)")
@@ -132,15 +114,13 @@ def find_prepared(folder: Path) -> tuple[dict[str, Any], list[Path]]:
 def step_arrays(example: dict[str, Any], names: tuple[str, ...], steps: dict[str, Any], where: str) -> dict[str, NDArray]:
     """Features of all the steps of an episode, [L, ...] each: those that are named, is_first, is_last and is_terminal.
 
-    steps: what find_prepared says of them. Raises InputError if one is missing or encoded, or if they are no whole episode.
+    steps: what find_prepared says of them. Raises InputError if one is not as it says, or if they are no whole episode.
     """
     arrays = {}
     for name in (*names, "is_first", "is_last", "is_terminal"):
         try:
             tensor = steps[name]["tensor"]
             shape = [int(size) for size in tensor["shape"].get("dimensions", [])]
-            if tensor.get("encoding", "none") != "none":
-                raise InputError(f"{where}: steps/{name} is encoded as {tensor['encoding']}, which is not read here")
             stored = np.asarray(example[f"steps/{name}"]).reshape(-1, *shape)
             arrays[name] = stored.astype(np.dtype(tensor["dtype"]))
             if not np.array_equal(arrays[name], stored, equal_nan=True):

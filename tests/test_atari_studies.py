@@ -9,7 +9,7 @@ import muzero_unplugged_atari
 import rosmo_atari
 from benchmark import atari_studies, studies
 from data.dataset import InputError, write_dataset
-from data.games import default_folder
+from data.record_atari import default_folder
 
 SCRIPTS = {"rosmo_atari": rosmo_atari, "muzero_unplugged_atari": muzero_unplugged_atari}
 GAMES = ("Breakout", "Pong")
