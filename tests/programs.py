@@ -18,7 +18,7 @@ import rosmo_atari
 import rosmo_bsuite
 
 SCRIPTS = (rosmo_bsuite, muzero_unplugged_bsuite, rosmo_atari, muzero_unplugged_atari)
-COMMON = ["--cpu-devices", "2", "--eval-envs", "3"]
+COMMON = ["--cpu-devices", "2"]
 SMALL = [*COMMON, "--batch-size", "16", "--eval-episodes", "4", "--log-interval", "10"]
 
 # Atari: the smallest networks, for runs on a small dataset.
