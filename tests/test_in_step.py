@@ -23,6 +23,7 @@ class Pair(NamedTuple):
 
 def algorithms(benchmark: str, without: dict[str, str]) -> Pair:
     search = {"import mctx", "Search", "Nodes", "expand", "puct", "search"}  # in place of the one-step look-ahead
+    flags = "behavior_coef|sampling|num_simulations|search_depth|dirichlet_fraction|temperature|policy_target|tau"
     return Pair(
         f"rosmo_{benchmark}.py",
         f"muzero_unplugged_{benchmark}.py",
@@ -33,7 +34,7 @@ def algorithms(benchmark: str, without: dict[str, str]) -> Pair:
             "act",  # by the improved policy or by search
         },
         without={
-            "Args": "^    (behavior_coef|sampling|num_simulations|search_depth|dirichlet_fraction|temperature|policy_target|tau):",
+            "Args": f"^    ({flags}):",
             "Labels": "advantage: ",  # for the filter of the behaviour cloning, which MuZero Unplugged does not have
             **dict.fromkeys(("Targets", "make_targets", "loss"), "behavior"),
             "parse_args": "num_simulations|unused|is_default",  # which of these flags go together
