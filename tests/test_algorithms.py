@@ -470,12 +470,6 @@ def test_ties_are_broken_uniformly(num_simulations, visited):
 LOSS = {"value_coef": 0.7, "policy_coef": 0.3, "behavior_coef": 0.45, "dynamics_gradient_scale": 0.2}
 
 
-def windows_of(data: Any, window: int) -> Any:
-    """All windows [B, T] of a dataset, B being made even."""
-    index = np.arange((len(data.action) - window + 1) // 2 * 2)[:, None] + np.arange(window)
-    return jax.tree.map(lambda x: x[index], data)
-
-
 def expected_targets(batch: Any, labels: Any, drawn: np.ndarray, args: Any) -> dict[str, np.ndarray]:
     """The targets' definitions, as loops over single steps. What is not known counts nothing, and is whatever it is."""
     k, n, size = args.unroll_steps, args.bootstrap_steps, len(batch.action)
@@ -515,7 +509,8 @@ def expected_loss(params: Any, batch: Any, targets: dict[str, np.ndarray], model
         return rosmo.two_hot(rosmo.value_transform(x), model.args.num_bins)
 
     state = net.representation(batch.observation[:, 0])
-    losses: dict[str, list] = {name: [] for name in ("reward", "value", "policy", "behavior", "entropy")}
+    names = ("reward_loss", "value_loss", "policy_loss", "behavior_loss", "policy_entropy", "behavior_fraction")
+    metrics = dict.fromkeys(names, jnp.zeros(()))
     for t in range(k + 1):
         if t > 0:
             state = net.dynamics(state, targets["action"][:, t - 1])
@@ -524,22 +519,18 @@ def expected_loss(params: Any, batch: Any, targets: dict[str, np.ndarray], model
             jax.nn.log_softmax(getattr(net.prediction(state), f"{name}_logits")) for name in ("reward", "value", "policy")
         )
         if t > 0:
-            losses["reward"].append(-mean(jnp.sum(bins(targets["reward"][:, t - 1]) * reward, axis=-1), t - 1))
-        losses["value"].append(-mean(jnp.sum(bins(targets["value"][:, t]) * value, axis=-1), t))
-        losses["policy"].append(-mean(jnp.sum(targets["policy"][:, t] * log_policy, axis=-1), t))
+            loss = mean(jnp.sum(bins(targets["reward"][:, t - 1]) * reward, axis=-1), t - 1)
+            metrics["reward_loss"] -= loss * known.sum() / known[:, :k].sum()
+        metrics["value_loss"] -= mean(jnp.sum(bins(targets["value"][:, t]) * value, axis=-1), t)
+        metrics["policy_loss"] -= mean(jnp.sum(targets["policy"][:, t] * log_policy, axis=-1), t)
         taken = jnp.sum(jax.nn.one_hot(batch.action[:, t], 3) * log_policy, axis=-1)
-        losses["behavior"].append(-mean(jnp.where(targets["behavior"][:, t], taken, 0), t))
-        losses["entropy"].append(-mean(jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1), t))
-    means = {name: sum(each) for name, each in losses.items()}
-    means["reward"] *= known.sum() / known[:, :k].sum()
-    total = means["reward"] + sum(LOSS[f"{name}_coef"] * means[name] for name in ("value", "policy", "behavior"))
-    metrics = {f"{name}_loss": means[name] for name in ("reward", "value", "policy", "behavior")}
-    metrics |= {
-        "policy_entropy": means["entropy"],
-        "behavior_fraction": np.mean(targets["behavior"][known]),
-        "total_loss": total,
-    }
-    return total, metrics
+        metrics["behavior_loss"] -= mean(targets["behavior"][:, t] * taken, t)
+        metrics["policy_entropy"] -= mean(jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1), t)
+        metrics["behavior_fraction"] += mean(targets["behavior"][:, t], t)
+    total = metrics["reward_loss"] + sum(
+        LOSS[f"{name}_coef"] * metrics[f"{name}_loss"] for name in ("value", "policy", "behavior")
+    )
+    return total, metrics | {"total_loss": total}
 
 
 @pytest.mark.parametrize("truncated", [[], [1, 4, 9], [0, 2, 3, 5, 6]])
@@ -552,7 +543,8 @@ def test_targets_losses_and_gradients_at_other_settings(truncated):
     args, params = model.args, random_parameters(model)
     is_last = np.isin(np.arange(sum(lengths)), np.cumsum(lengths) - 1)
     is_terminal = is_last & ~np.isin(np.cumsum(is_last) - 1, truncated)
-    batch = windows_of(dataset(rosmo, lengths, is_terminal=is_terminal), args.unroll_steps + args.bootstrap_steps + 1)
+    windows = np.arange(sum(lengths) - 7)[:, None] + np.arange(7)  # [B, T], of K = 2 and n = 4
+    batch = jax.tree.map(lambda x: x[windows], dataset(rosmo, lengths, is_terminal=is_terminal))
     labels = random_labels(*batch.action.shape)
     targets = rosmo.make_targets(KEY, batch, labels, args)
     drawn = jax.random.randint(KEY, (len(batch.action), args.unroll_steps), 0, 3)
