@@ -48,6 +48,7 @@ class RecordedFrames(Recorded):
 
 
 def random_act(params, key, observation, model):
+    assert params.shape == (1,)
     return np.asarray(jax.random.randint(key, (len(observation),), 0, model.num_actions))
 
 
