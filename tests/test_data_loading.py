@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import types
 
 import jax
@@ -136,10 +137,6 @@ def test_vectors_and_matrices_become_vectors(tmp_path):
         assert np.array_equal(data.observation, vectors) and tuple(meta["observation_shape"]) == shape
 
 
-def test_frames_stay_on_disk(tmp_path):
-    assert isinstance(load(rosmo_atari, write(tmp_path / "data", rosmo_atari))[0].observation, np.memmap)
-
-
 @both
 def test_a_fraction_is_evenly_spaced_and_chosen_by_seed(script, tmp_path):
     folder = write(tmp_path / "data", script, lengths=[7] * 100)
@@ -225,6 +222,7 @@ def test_batches_from_host_and_device_are_equal(breakout_dataset, fraction):
     """They are the rows that sample_windows names of the episodes that are kept, in the order of the updates."""
     args = dataclasses.replace(ATARI, data_fraction=fraction)
     data, rows, _ = rosmo_atari.load_dataset(breakout_dataset, args)
+    assert isinstance(data.observation, np.memmap)  # frames stay on the disk
     key = jax.random.PRNGKey(3)
     host, device = (
         rosmo_atari.batches(data, rows, key, 7, dataclasses.replace(args, data_place=place)) for place in ("host", "device")
@@ -267,7 +265,9 @@ def test_reading_ahead(tmp_path):
     data.reward.limit = 9 * devices
     windows = rosmo_atari.batches(data, rows, jax.random.PRNGKey(0), 0, dataclasses.replace(ATARI, data_place="host"))
     for used in range(1, 10):
-        assert next(windows).reward.shape == (4, 8) and used * devices <= len(reads) <= (used + 4) * devices
+        assert next(windows).reward.shape == (4, 8)
+        time.sleep(0.1)  # for what may be read by now
+        assert used * devices <= len(reads) <= (used + 4) * devices
     with pytest.raises(OSError, match="the disk has gone"):
         next(windows)
 

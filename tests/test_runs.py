@@ -48,31 +48,32 @@ NEVER = ["--eval-interval", 10**6, "--checkpoint-interval", 10**6]
 
 @pytest.fixture(scope="session")
 def flags(catch_dataset):
-    return ["--data-dir", catch_dataset, *SMALL]
+    return ["--data-dir", catch_dataset, *SMALL, *BSUITE]
+
+
+@pytest.fixture(scope="session")
+def atari_flags(breakout_dataset):
+    return ["--data-dir", breakout_dataset, *TINY_FLAGS, *ATARI]
 
 
 @pytest.fixture(scope="session")
 def bsuite_run(flags, tmp_path_factory):
     """A run of rosmo_bsuite.py that is never stopped."""
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    run(rosmo_bsuite, [*flags, *BSUITE, "--run-dir", run_dir])
+    run(rosmo_bsuite, [*flags, "--run-dir", run_dir := tmp_path_factory.mktemp("runs") / "whole"])
     return run_dir
 
 
 @pytest.fixture(scope="session")
-def atari_run(breakout_dataset, tmp_path_factory):
+def atari_run(atari_flags, tmp_path_factory):
     """A run of rosmo_atari.py that is never stopped."""
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    run(rosmo_atari, ["--data-dir", breakout_dataset, *TINY_FLAGS, *ATARI, "--run-dir", run_dir])
+    run(rosmo_atari, [*atari_flags, "--run-dir", run_dir := tmp_path_factory.mktemp("runs") / "whole"])
     return run_dir
 
 
 def whole(script, request):
     """The run that is never stopped, and its flags."""
-    if script is rosmo_atari:
-        dataset = request.getfixturevalue("breakout_dataset")
-        return request.getfixturevalue("atari_run"), ["--data-dir", dataset, *TINY_FLAGS, *ATARI]
-    return request.getfixturevalue("bsuite_run"), [*request.getfixturevalue("flags"), *BSUITE]
+    names = ("atari_run", "atari_flags") if script is rosmo_atari else ("bsuite_run", "flags")
+    return map(request.getfixturevalue, names)
 
 
 both = pytest.mark.parametrize("script", [rosmo_bsuite, rosmo_atari], ids=lambda script: script.__name__)
@@ -278,10 +279,11 @@ def test_a_second_signal_ends_the_program_itself(signum, flags, tmp_path, monkey
 @both
 def test_a_loss_that_is_not_finite_stops_the_run(script, request, tmp_path):
     """The first update has a learning rate of 0; the second one, whose loss is finite, spoils the parameters."""
+    _, flags = whole(script, request)
     settings = ["--warmup-steps", 1, "--learning-rate", 1e30, "--checkpoint-interval", 1, "--total-steps", 100]
     settings += ["--eval-interval", 100, "--log-interval", 1, "--run-dir", tmp_path / "run"]
     with pytest.raises(SystemExit, match="not finite after 2 updates"):
-        run(script, [*whole(script, request)[1], *settings])
+        run(script, [*flags, *settings])
     assert checkpoint_steps(tmp_path / "run") == [1] and [line["step"] for line in metrics(tmp_path / "run")] == [1]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(last_state(script, tmp_path / "run")))
 
@@ -383,11 +385,6 @@ def test_limits_of_settings(script, field, values, capsys):
     assert end.value.code == 2 and field in capsys.readouterr().err.replace("-", "_")
 
 
-def damage_checkpoint(run_dir):
-    for file in (run_dir / "checkpoints" / "437" / "default" / "d").iterdir():
-        os.truncate(file, 100)
-
-
 def test_resuming_what_cannot_be_resumed(bsuite_run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # takes it back
     copy = shutil.copytree(bsuite_run, tmp_path / "copy")
@@ -426,7 +423,8 @@ def test_errors_are_one_sentence_and_exit_code_2(catch_dataset, bsuite_run, tmp_
 def test_a_damaged_checkpoint_is_one_sentence(bsuite_run, tmp_path):
     """A program of its own: the threads that read it would print tracebacks, also at the end."""
     copy = shutil.copytree(bsuite_run, tmp_path / "copy")
-    damage_checkpoint(copy)
+    for file in (copy / "checkpoints" / "437" / "default" / "d").iterdir():
+        os.truncate(file, 100)
     process = program(rosmo_bsuite, "--resume", copy, "--total-steps", 447)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 2 and out == "" and err.startswith("error: ") and "checkpoints/437 cannot be read" in err
