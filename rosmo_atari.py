@@ -332,21 +332,17 @@ def n_step_return(batch: Steps, value: jax.Array, args: Args) -> jax.Array:
     return result + discount * value[:, args.bootstrap_steps :]
 
 
-def so_far(flags: jax.Array) -> jax.Array:
-    """Flags [B, ...] to flags: whether there is one at this step of the window or before it."""
-    return jax.lax.cummax(flags.astype(int), axis=1) == 1
-
-
 def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Targets:
     """Targets of windows [B, T]; what lies after a terminal state in the window is an absorbing state.
 
     From the step on at which an episode was truncated nothing is known: there all losses have weight 0.
     """
     k, length, num_actions = args.unroll_steps, args.unroll_steps + 1, labels.policy.shape[-1]
-    is_last = batch.is_last[:, :length]
-    ended, restarted = so_far(is_last), so_far(batch.is_first[:, 1 : length + 1])
-    is_first_end = is_last & (jnp.cumsum(is_last, axis=1) == 1)  # of the window
-    known = 1 - so_far(is_first_end & ~batch.is_terminal[:, :length])
+    is_last, next_is_first = batch.is_last[:, :length], batch.is_first[:, 1 : length + 1]
+    is_truncated = is_last & ~batch.is_terminal[:, :length] & (jnp.cumsum(is_last, axis=1) == 1)  # the window's first end
+    flags = jnp.stack([is_last, next_is_first, is_truncated]).astype(int)
+    ended, restarted, truncated = jax.lax.cummax(flags, axis=2) == 1  # [B, K+1] each: whether there is one so far
+    known = 1 - truncated
     return Targets(
         action=jnp.where(restarted[:, :k], jax.random.randint(key, (len(ended), k), 0, num_actions), batch.action[:, :k]),
         reward=jnp.where(restarted[:, :k], 0, batch.reward[:, :k]),
