@@ -258,10 +258,9 @@ def as_program(script, monkeypatch, *arguments):
     return end.value.code
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_the_program_itself(signum, flags, tmp_path, monkeypatch):
+def test_a_second_signal_ends_the_program_itself(flags, tmp_path, monkeypatch):
     """After the first one the system's handler is back. The first one came before training: nothing is to be saved."""
-    handlers = {}
+    handlers, signum = {}, signal.SIGTERM
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     device_count = jax.device_count
 
