@@ -550,7 +550,7 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, np.ndarray, dict[str,
     except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
         raise InputError(f"the dataset {folder} is missing or damaged ({error}): name another by --data-dir") from None
     of = f"the dataset {folder}"
-    is_whole = "".join(x.dtype.kind for x in data) == "uifbbb" and {len(x) for x in data} == {length}
+    is_whole = "".join(x.dtype.kind for x in data) == "uifbbb" and {x.shape[:1] for x in data} == {(length,)}
     require(is_whole, f"{of} is damaged: its arrays do not hold {length} bytes, integers, floats and three times flags")
     require(data.observation.shape[1:] == (84, 84), f"{of} has observations {data.observation.shape[1:]}, not 84 x 84")
     require(env_id == args.env_id, f"{of} is of {env_id}, not of {args.env_id} (--env-id)")
@@ -719,6 +719,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
             raise InputError(f"{checkpoints.directory}/{last} cannot be read: {str(error)[:300]}") from None
         sys.unraisablehook = hook
     step = int(state.step)
+    require(last is not None or not args.eval_only, f"{checkpoints.directory} holds no checkpoint")
     if args.eval_only:
         print(json.dumps({"step": step, **evaluate(state, model, meta, run_dir)}))
         return
@@ -742,26 +743,26 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     batch = next(windows)
     compiled = update_windows.lower(state, batch, model).compile()
     bar = tqdm(initial=step, total=args.total_steps, unit="update", disable=None if first else True)
-    sums, first_step, logged_step, start = dict[str, float](), step, step, time.perf_counter()
+    sums, first_step, logged_step, seconds = dict[str, float](), step, step, 0.0
     while step < args.total_steps and not stopped_by:
+        start = time.perf_counter()
         state, metrics = compiled(state, batch)
         batch = next(windows)
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(metrics).items()}  # waits
-        step += 1
+        step, seconds = step + 1, seconds + time.perf_counter() - start
         bar.update(1)
         if not np.isfinite([sums["total_loss"], sums["grad_norm"], sums["param_norm"]]).all():
             sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
         if first and step == first_step + 1 and jax.default_backend() == "cpu":
             hint = "" if args.cpu_size else "; --cpu-size suits a CPU"
-            seconds = time.perf_counter() - start
             bar.write(
                 f"no accelerator: an update takes {seconds:.2f} s, all {args.total_steps * seconds / 60:.0f} minutes{hint}"
             )
         done, line = step == args.total_steps, dict[str, float]()
         if done or step % args.log_interval == 0:
             line = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
-            line["train/updates_per_second"] = (step - logged_step) / (time.perf_counter() - start)
-            sums, logged_step = {}, step
+            line["train/updates_per_second"] = (step - logged_step) / seconds
+            sums, logged_step, seconds = {}, step, 0.0
         if args.eval_episodes and (done or step % args.eval_interval == 0):
             line |= evaluate(state, model, meta, run_dir)
         if line and first:
@@ -772,7 +773,6 @@ def main(args: Args, stopped_by: Any = ()) -> None:
                 wandb.log(line, step=step)
         if done or stopped_by or step % args.checkpoint_interval == 0:
             checkpoints.save(step, args=ocp.args.StandardSave(state))
-        start = time.perf_counter() if line else start  # evaluations do not count
 
 
 if __name__ == "__main__":
@@ -780,7 +780,8 @@ if __name__ == "__main__":
 
     def stop(signum: int, _: Any) -> None:  # a first signal ends the loop, with a checkpoint; a second one the program
         stopped_by.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     try:
         args = parse_args()

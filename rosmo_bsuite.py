@@ -428,7 +428,7 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, dict[str, Any]]:
     except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
         raise InputError(f"the dataset {folder} is missing or damaged ({error}): name another by --data-dir") from None
     of = f"the dataset {folder}"
-    is_whole = "".join(x.dtype.kind for x in data) == "fifbbb" and {len(x) for x in data} == {length}
+    is_whole = "".join(x.dtype.kind for x in data) == "fifbbb" and {x.shape[:1] for x in data} == {(length,)}
     require(is_whole, f"{of} is damaged: its arrays do not hold {length} floats, integers, floats and three times flags")
     require(found == (args.env_id, args.noise), f"{of} is of {found}, not of {args.env_id, args.noise} (--env-id, --noise)")
     is_whole = np.array_equal(data.is_first, np.roll(data.is_last, 1)) and data.is_last[data.is_terminal].all()
@@ -568,6 +568,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
             raise InputError(f"{checkpoints.directory}/{last} cannot be read: {str(error)[:300]}") from None
         sys.unraisablehook = hook
     step = int(state.step)
+    require(last is not None or not args.eval_only, f"{checkpoints.directory} holds no checkpoint")
     if args.eval_only:
         print(json.dumps({"step": step, **evaluate(state, environments, model, meta)}))
         return
@@ -592,22 +593,23 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     compiled = update_many.lower(state, np.int32(0), data, labels, model).compile()
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
     bar = tqdm(initial=step, total=args.total_steps, unit="update", disable=None if first else True)
-    sums, logged_step, start = dict[str, float](), step, time.perf_counter()
+    sums, logged_step, seconds = dict[str, float](), step, 0.0
     while step < args.total_steps and not stopped_by:
+        start = time.perf_counter()
         if step % args.target_update_interval == 0:
             labels = label_dataset(state, data, model)
         count = min(args.total_steps - step, *(every - step % every for every in intervals))
         state, metrics = compiled(state, np.int32(count), data, labels)
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(metrics).items()}  # waits
-        step += count
+        step, seconds = step + count, seconds + time.perf_counter() - start
         bar.update(count)
         if not np.isfinite([sums["total_loss"], sums["grad_norm"], sums["param_norm"]]).all():
             sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
         done, line = step == args.total_steps, dict[str, float]()
         if done or step % args.log_interval == 0:
             line = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
-            line["train/updates_per_second"] = (step - logged_step) / (time.perf_counter() - start)
-            sums, logged_step = {}, step
+            line["train/updates_per_second"] = (step - logged_step) / seconds
+            sums, logged_step, seconds = {}, step, 0.0
         if environments and (done or step % args.eval_interval == 0):
             line |= evaluate(state, environments, model, meta)
         if line and first:
@@ -618,7 +620,6 @@ def main(args: Args, stopped_by: Any = ()) -> None:
                 wandb.log(line, step=step)
         if done or stopped_by or step % args.checkpoint_interval == 0:
             checkpoints.save(step, args=ocp.args.StandardSave(state))
-        start = time.perf_counter() if line else start  # evaluations do not count
 
 
 if __name__ == "__main__":
@@ -626,7 +627,8 @@ if __name__ == "__main__":
 
     def stop(signum: int, _: Any) -> None:  # a first signal ends the loop, with a checkpoint; a second one the program
         stopped_by.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     try:
         args = parse_args()

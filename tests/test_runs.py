@@ -253,7 +253,7 @@ def test_a_signal_ends_a_program_with_a_checkpoint(signum, flags, bsuite_run, tm
 def as_program(script, monkeypatch, *arguments):
     """The exit code of the script, run in this process under the name __main__."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-    with pytest.warns(UserWarning, match="Overriding environment"), pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end:
         runpy.run_path(script.__file__, run_name="__main__")
     return end.value.code
 
