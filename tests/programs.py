@@ -1,6 +1,8 @@
 """Running the scripts from tests, in this process or as programs of their own."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 import muzero_unplugged_atari
 import muzero_unplugged_bsuite
@@ -17,7 +18,8 @@ import rosmo_atari
 import rosmo_bsuite
 
 SCRIPTS = (rosmo_bsuite, muzero_unplugged_bsuite, rosmo_atari, muzero_unplugged_atari)
-SMALL = ["--cpu-devices", "2", "--batch-size", "16", "--eval-episodes", "4", "--log-interval", "10"]
+COMMON = ["--cpu-devices", "2", "--eval-envs", "3"]
+SMALL = [*COMMON, "--batch-size", "16", "--eval-episodes", "4", "--log-interval", "10"]
 
 # Atari: the smallest networks, for runs on a small dataset.
 TINY: dict[str, Any] = {
@@ -25,7 +27,7 @@ TINY: dict[str, Any] = {
     "prediction_blocks": 0, "head_channels": 4, "head_width": 8, "num_bins": 21, "unroll_steps": 2, "bootstrap_steps": 2,
 }  # fmt: skip
 TINY_FLAGS = [str(part) for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", value)]
-TINY_FLAGS += ["--cpu-devices", "2", "--eval-episodes", "3", "--log-interval", "5"]
+TINY_FLAGS += [*COMMON, "--eval-episodes", "3", "--log-interval", "5"]
 
 
 def is_atari(script: Any) -> bool:
@@ -38,9 +40,9 @@ def small_flags(script: Any) -> list[str]:
     return flags if "rosmo" in script.__name__ else [*flags, "--num-simulations", "3"]
 
 
-def run(script: Any, arguments: list[Any], stopped_by: Any = ()) -> None:
+def run(script: Any, arguments: list[Any]) -> int:
     """The script's main() in this process."""
-    script.main(script.parse_args(list(map(str, arguments))), stopped_by)
+    return script.main(script.parse_args(list(map(str, arguments))))
 
 
 def program(script: Any, *arguments: object, **options: Any) -> subprocess.Popen:
@@ -50,39 +52,51 @@ def program(script: Any, *arguments: object, **options: Any) -> subprocess.Popen
 
 
 def wait_for(condition: Any, process: subprocess.Popen, seconds: float = 200) -> None:
-    """Waits until condition() holds; the process must live till then, and ends with an assertion that fails."""
+    """Waits until condition() holds; the process must live till then."""
     end = time.monotonic() + seconds
     while not condition():
-        if process.poll() is not None or time.monotonic() > end:
-            process.kill()
-            raise AssertionError(process.communicate())
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
         time.sleep(0.02)
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """Lines of metrics.jsonl, without the speed."""
     path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{name: value for name, value in line.items() if name != "train/updates_per_second"} for line in lines]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def scores(lines: list[dict]) -> list[dict]:
-    """Lines with an evaluation, and of them its part."""
-    lines = [{name: value for name, value in line.items() if not name.startswith("train/")} for line in lines]
     return [line for line in lines if "eval/return_mean" in line]
 
 
-def checkpoint_steps(run_dir: Path) -> list[int]:
-    return sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit())
+def training(lines: list[dict]) -> list[dict]:
+    """Lines of training, without their speed."""
+    lines = [line for line in lines if "train/total_loss" in line]
+    return [{name: value for name, value in line.items() if name != "train/updates_per_second"} for line in lines]
 
 
 def last_state(script: Any, run_dir: Path) -> Any:
     """The last checkpoint of a run on catch or Breakout."""
-    shape, num_actions = ((84, 84, 4), 4) if is_atari(script) else ((50,), 3)
-    state = script.init_state(shape, script.Model(num_actions, script.parse_args(["--resume", str(run_dir)])))
-    checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute())
-    return checkpoints.restore(checkpoint_steps(run_dir)[-1], args=ocp.args.StandardRestore(state))
+    args = script.parse_args(["--resume", str(run_dir)])
+    shape, num_actions = ((84, 84, 4), 4) if is_atari(script) else ((10, 5), 3)
+    state = script.init_state(shape, script.Model(num_actions, args))
+    return script.restore(script.open_checkpoints(run_dir, read_only=True), state)
+
+
+def rewound(run_dir: Path, copy: Path, step: int) -> Path:
+    """A copy of a run as it was, had it been killed after its checkpoint of `step`."""
+    shutil.copytree(run_dir, copy)
+    for checkpoint in (copy / "checkpoints").glob("[0-9]*"):
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    assert (copy / "checkpoints" / str(step)).exists()
+    return copy
 
 
 def assert_same_state(first: Any, second: Any) -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
+
+
+def alone() -> dict[str, str]:
+    """An environment in which nothing of this repository can be imported."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
