@@ -1,6 +1,6 @@
 """MuZero Unplugged's last checkpoints of the study "seeds", scored as trained (root noise 0.25, temperature 1) and greedily.
 
-    python -m benchmark.bsuite_studies seeds && python -m benchmark.greedy_search    # of the runs whose checkpoints are here
+    python -m benchmark.bsuite_studies seeds && python -m benchmark.greedy_search    # of the whole runs whose checkpoints are here
 
 Writes benchmark/results/bsuite_greedy.csv, a line for each run, and prints a table.
 """
@@ -45,7 +45,8 @@ def main(args: Args) -> None:
     table = args.results / "bsuite_greedy.csv"
     rows = {row["run"]: row for row in studies.read_table(table)}
     runs = bsuite_studies.runs_of(bsuite_studies.Args(study="seeds", methods=("MuZero Unplugged",)))
-    for run in tqdm([run for run in runs if run.name() not in rows and (args.runs / run.name()).exists()], unit="run"):
+    whole = [run for run in runs if run.is_whole(studies.evaluations_of(args.runs / run.name()))]
+    for run in tqdm([run for run in whole if run.name() not in rows], unit="run"):
         columns = {name: str(run.columns[name]) for name in ("task", "seed")}
         scores = {name: score(args.runs / run.name(), args.episodes, flags) for name, flags in SCORES.items()}
         rows[run.name()] = columns | {name: str(value) for name, value in scores.items()} | {"run": run.name()}

@@ -432,9 +432,12 @@ def test_scores_of_methods(monkeypatch, tmp_path, capsys, dataset, figures):
 
 
 def test_greedy_search(monkeypatch, tmp_path, capsys):
-    """Of the runs that are there; a second call reads the table."""
-    run, *_ = bsuite_studies.runs_of(bsuite_studies.Args(study="seeds", methods=("MuZero Unplugged",)))
-    (tmp_path / run.name()).mkdir()
+    """Of the runs that are whole; a second call reads the table."""
+    run, other, *_ = bsuite_studies.runs_of(bsuite_studies.Args(study="seeds", methods=("MuZero Unplugged",)))
+    for each, steps in ((run, range(2500, 50_001, 2500)), (other, [2500])):
+        (tmp_path / each.name()).mkdir()
+        lines = [json.dumps({"step": step, "eval/return_mean": 0.0}) + "\n" for step in steps]
+        (tmp_path / each.name() / "metrics.jsonl").write_text("".join(lines))
     called = []
 
     def program(command, **_):
