@@ -1,6 +1,6 @@
 """MuZero Unplugged's last checkpoints of the study "seeds", scored as trained (root noise 0.25, temperature 1) and greedily.
 
-    python -m benchmark.bsuite_studies seeds && python -m benchmark.greedy_search    # of the whole runs whose checkpoints are here
+    python -m benchmark.greedy_search    # of the whole runs of `bsuite_studies seeds` whose checkpoints are here
 
 Writes benchmark/results/bsuite_greedy.csv, a line for each run, and prints a table.
 """
