@@ -26,7 +26,7 @@ from data.dataset import InputError, open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOTSTRAPS = 2000  # resamplings of an interval estimate
-FEWEST = 9  # runs of which a 95 % interval is shown; it covers 87 % then, see benchmark/README.md
+FEWEST = 9  # runs of which a 95 % interval is shown; it covers 84 % then, see benchmark/README.md
 STYLES = {  # of the methods, in all figures
     "ROSMO": ("C0", "-"), "ROSMO, authors' filter": ("C0", "--"), "ROSMO, recorded reward": ("C0", ":"),
     "ROSMO, sampled": ("C0", "-."), "one-step, no regularisation": ("C1", "-"), "filtered cloning": ("C2", "-"),
