@@ -1,9 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "jax>=0.7", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.20", "numpy>=2.0", "tyro>=0.9.30", "tqdm>=4.66",
-#     "wandb>=0.19",
-#     "bsuite>=0.3.6", "gymnasium>=1.0",
+#     "jax>=0.7", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.20", "numpy>=2.0", "tyro>=0.9.30",
+#     "pydantic>=2.8", "tqdm>=4.66", "wandb>=0.19", "bsuite>=0.3.6", "gymnasium>=1.0",
 # ]
 # ///
 """ROSMO on BSuite in one file: offline reinforcement learning by a one-step look-ahead with a learned model.
@@ -15,29 +14,20 @@ Liu, Li, Lee, Yan, Xu: "Efficient Offline Policy Optimization with a Learned Mod
     python rosmo_bsuite.py --resume RUN_DIR                     # go on where a run was stopped
     python rosmo_bsuite.py --resume RUN_DIR --eval-only         # score its last checkpoint
 
-In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), S the size of a latent state,
-A the number of actions, N the steps of the dataset; h, g and f are representation, dynamics and prediction.
+In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), N the steps of the dataset,
+F, S and A the sizes of observation, latent state and actions; h, g and f are representation, dynamics and prediction.
 """
 
-import argparse
-import dataclasses
-import difflib
-import fcntl
 import functools
-import importlib.metadata
-import io
-import itertools
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import gymnasium
@@ -47,196 +37,57 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
-from bsuite.environments import cartpole, catch, mountain_car
-from jax.experimental import multihost_utils
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
+# ----------------------------------------------------------------------------------------------------------------- Args
 
-class InputError(Exception):
-    """What the program's user can put right: it is printed as one sentence, and the exit code is 2."""
-
-
-# ---------------------------------------------------------------------------------------------------------------- Args
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config={"allow_inf_nan": False, "extra": "forbid"})
 class Args:
     env_id: str = "catch"  # the task: catch, cartpole or mountain_car, or an environment of Gymnasium, as CartPole-v1
-    seed: int = 0  # everything random in the run follows from it
-    total_steps: int = 200_000  # updates to make
-    batch_size: int = 512  # windows per update
-    run_dir: Path | None = None  # folder to make for this run; by default runs/<env>__<script>__<seed>__<time>
-    resume: Path | None = None  # folder of a run to go on with; its settings are taken from there
-    checkpoint_interval: int = 10_000  # updates between checkpoints
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # everything random in the run follows from it
+    total_steps: PositiveInt = 200_000  # updates to make
+    batch_size: PositiveInt = 512  # windows per update
     data_dir: Path | None = None  # dataset folder; by default the task's under datasets/bsuite/, recorded if missing
-    data_fraction: float = 1.0  # fraction of the episodes to train on, evenly spaced over the dataset, chosen by seed
-    noise: float = 0.0  # probability that the environment replaces an action, in the data and in evaluation
+    data_fraction: Fraction = 1.0  # fraction of the episodes to train on, evenly spaced over the dataset, chosen by seed
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of a random action, in the data and in evaluation
 
-    unroll_steps: int = 3  # K, the steps that the model is unrolled
-    bootstrap_steps: int = 3  # n, the steps of the n-step return
-    discount: float = 0.997**4  # gamma
-    num_bins: int = 20  # bins of the reward and value distributions
-    dynamics_width: int = 32  # hidden units of the dynamics network
-    dynamics_gradient_scale: float = 0.5  # factor on the gradient into each next state
-    value_coef: float = 0.25  # weight of the value loss
-    policy_coef: float = 1.0  # weight of the policy loss
-    behavior_coef: float = 0.2  # weight of the filtered behaviour cloning; 0 is one-step without regularisation
+    unroll_steps: PositiveInt = 3  # K, the steps that the model is unrolled
+    bootstrap_steps: PositiveInt = 3  # n, the steps of the n-step return
+    discount: Fraction = 0.997**4  # gamma
+    num_bins: Annotated[int, Field(ge=3)] = 20  # bins of the reward and value distributions
+    dynamics_width: PositiveInt = 32  # hidden units of the dynamics network
+    dynamics_gradient_scale: NonNegativeFloat = 0.5  # factor on the gradient into each next state
+    value_coef: NonNegativeFloat = 0.25  # weight of the value loss
+    policy_coef: NonNegativeFloat = 1.0  # weight of the policy loss
+    behavior_coef: NonNegativeFloat = 0.2  # weight of the filtered behaviour cloning; 0 is one-step without regularisation
     sampling: bool = False  # sample num_simulations actions for the one-step target instead of trying every action
-    num_simulations: int = 4  # actions sampled per state, with --sampling
-    learning_rate: float = 7e-4  # peak learning rate
-    warmup_steps: int = 1_000  # updates over which the learning rate rises linearly from 0
-    learning_rate_decay: float = 0.1  # factor on the learning rate every learning_rate_decay_steps
-    learning_rate_decay_steps: int = 100_000  # updates between two decays, counted from the end of the warm-up
-    weight_decay: float = 1e-4  # AdamW's decay, on kernels only
-    max_grad_norm: float = 5.0  # global norm to which gradients are clipped
-    target_update_interval: int = 200  # updates between copies of the parameters to the target parameters
+    num_simulations: PositiveInt = 4  # actions sampled per state, with --sampling
+    learning_rate: PositiveFloat = 7e-4  # peak learning rate
+    warmup_steps: NonNegativeInt = 1_000  # updates over which the learning rate rises linearly from 0
+    learning_rate_decay: Fraction = 0.1  # factor on the learning rate every learning_rate_decay_steps
+    learning_rate_decay_steps: PositiveInt = 100_000  # updates between two decays, counted from the end of the warm-up
+    weight_decay: NonNegativeFloat = 1e-4  # AdamW's decay, on kernels only
+    max_grad_norm: PositiveFloat = 5.0  # global norm to which gradients are clipped
+    target_update_interval: PositiveInt = 200  # updates between copies of the parameters to the target parameters
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks; parameters and losses stay float32
 
-    eval_interval: int = 5_000  # updates between evaluations
-    eval_episodes: int = 32  # episodes per evaluation; with 0 there is no environment, and nothing is scored
-    eval_envs: int = 32  # environments that play them side by side
+    run_dir: Path | None = None  # folder to make; by default runs/<env>__<script>__<seed>__<time>
+    resume: Path | None = None  # folder of a run to go on with; its settings are taken from there
+    checkpoint_interval: PositiveInt = 10_000  # updates between checkpoints; the last two are kept
+    eval_interval: PositiveInt = 5_000  # updates between evaluations
+    eval_episodes: NonNegativeInt = 32  # episodes per evaluation, side by side; with 0 there is no environment
     eval_only: bool = False  # with --resume: score the last checkpoint, print the result and stop
-    log_interval: int = 1_000  # updates between lines of metrics.jsonl
+    log_interval: PositiveInt = 1_000  # updates between lines of metrics.jsonl
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "rosmo"  # Weights & Biases project
-    wandb_entity: str | None = None  # Weights & Biases user or team
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks; parameters and losses stay float32
-    updates_per_call: int = 50  # updates in one call of the compiled program; an interrupt waits for its end
-    cpu_devices: int = 0  # without an accelerator, devices to split the batch over; 0 for as many as cores, at most 8
+    cpu_devices: NonNegativeInt = 0  # without an accelerator, devices to split the batch over; 0 for as many as cores
     distributed: bool = False  # this is one of several processes, on one host or more, that train together
-
-    def __post_init__(self) -> None:
-        """Raises InputError for values that make no sense."""
-        zero = ["seed", "eval_episodes", "noise", "warmup_steps", "weight_decay", "cpu_devices"]
-        tiny, huge = sys.float_info.min, sys.float_info.max
-        for name, value in vars(self).items():
-            least = {"num_bins": 3}.get(name, 0 if name in zero or name.endswith(("_coef", "_scale")) else tiny)
-            most = (
-                1 if name.endswith(("_fraction", "noise", "discount", "_decay")) else 2**32 - 1 if name == "seed" else huge
-            )
-            if type(value) in (int, float) and not least <= value <= most:
-                limits = "above 0" if least == tiny else f"at least {least}"
-                limits += f" and at most {most}" if most < huge else ""
-                raise InputError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
-        if self.distributed and self.run_dir is None:
-            raise InputError("--distributed needs --run-dir: all processes train in one folder")
-        if self.eval_only and (self.resume is None or self.eval_episodes == 0):
-            raise InputError("--eval-only needs --resume RUN_DIR, and --eval-episodes above 0")
-        if not self.sampling and self.num_simulations != Args.num_simulations:
-            raise InputError("--num-simulations has no part in the exact target: name --sampling too")
-
-
-# -------------------------------------------------------------------------------------------------- Dataset and sampler
-
-
-class Steps(NamedTuple):
-    """Steps in time order: the whole dataset with leading axis [N], or a batch of windows with leading axes [B, T]."""
-
-    observation: Any  # [..., rows, columns] float32
-    action: Any  # [...] int32; an episode's last step has none, and 0 here
-    reward: Any  # [...] float32, of the action
-    is_first: Any  # [...] bool
-    is_last: Any  # [...] bool
-    is_terminal: Any  # [...] bool; an episode whose last step is not terminal was cut off
-
-
-def sharding(*axes: str) -> NamedSharding:
-    """sharding("batch") splits the leading axis over all devices, sharding() gives each device the whole."""
-    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), jax.P(*axes))
-
-
-def per_device(*in_specs: jax.P) -> Callable:
-    """Decorates a function that every device calls with its shares of the arguments, and that returns the same on each."""
-    return functools.partial(jax.shard_map, mesh=sharding().mesh, in_specs=in_specs, out_specs=jax.P(), check_vma=False)
-
-
-def find_dataset(args: Args) -> Path:
-    """The folder of the run's dataset. A default one that is missing is recorded, by the repository's data/.
-
-    Raises InputError if it is missing and this file stands alone.
-    """
-    folder = Path("datasets", "bsuite", f"{args.env_id}_noise_{args.noise}" if args.noise else args.env_id)
-    if args.data_dir is None and not folder.exists():
-        try:
-            if args.env_id not in BSuite.TASKS:
-                raise ImportError
-            from data.record_bsuite import record_if_missing
-        except ImportError:
-            raise InputError(f"there is no dataset {folder}: name the folder of one by --data-dir") from None
-        record_if_missing(args.env_id, args.noise)
-    return args.data_dir or folder
-
-
-def open_dataset(folder: Path) -> tuple[Steps, dict[str, Any]]:
-    """The arrays [N] of a dataset folder, memory-mapped, and its meta.json. Format: data/README.md in the repository.
-
-    Raises InputError, naming the file, where something is missing, damaged or does not fit the format.
-    """
-    dtypes, arrays = {"observation": ("float32", "uint8"), "action": ("int32",), "reward": ("float32",)}, {}
-    try:
-        file = folder / "meta.json"
-        meta = json.loads(file.read_text())
-        length, episodes, num_actions = (int(meta[name]) for name in ("steps", "episodes", "num_actions"))
-        for field in Steps._fields:
-            file = folder / f"{field}.npy"
-            x = arrays[field] = np.load(file, mmap_mode="r")
-            is_column = field != "observation"
-            if x.dtype not in dtypes.get(field, ("bool",)) or not 0 < len(x) == length or is_column != (x.ndim == 1):
-                raise ValueError(f"it holds {x.dtype} {x.shape}, and meta.json says {length} steps")
-    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is missing, damaged or cut short: {error!r}") from None
-    data = Steps(**arrays)
-    is_first, is_last, last_step = data.is_first, data.is_last, data.is_last.nonzero()
-    floats = [data.reward] + ([data.observation] if data.observation.dtype == "float32" else [])
-    for wrong, fault in (
-        (meta.get("format_version") != 1, "its format version is not 1"),
-        (not is_first[0] or (is_first != np.roll(is_last, 1)).any(), "is_first and is_last do not mark whole episodes"),
-        (is_first.sum() != episodes, f"is_first does not mark {episodes} episodes, as meta.json says"),
-        ((data.is_terminal & ~is_last).any(), "is_terminal marks a step that is not an episode's last"),
-        (data.action.min() < 0 or data.action.max() >= num_actions, f"an action is outside 0 to {num_actions - 1}"),
-        (data.action[last_step].any() or data.reward[last_step].any(), "an episode's last step has an action or a reward"),
-        (not all(np.isfinite(x).all() for x in floats), "a reward or an observation is not finite"),
-    ):
-        if wrong:
-            raise InputError(f"{folder} is damaged: {fault}")
-    return data, meta
-
-
-def load_dataset(args: Args, environment: Any = None) -> tuple[Steps, np.ndarray, dict]:
-    """The run's dataset [N], the rows [M] of it to train on (all steps of a fraction of its episodes), and its meta.json.
-
-    It must fit the environment, if there is one. Observations that are vectors become matrices of one row.
-    Raises InputError for a dataset that is missing, damaged, of another task or noise, or too small for the settings.
-    """
-    data, meta = open_dataset(find_dataset(args))
-    if data.observation.ndim == 2:  # vectors
-        data = data._replace(observation=data.observation[:, None])
-    shape, num_actions = data.observation.shape[1:], meta["num_actions"]
-    found = (meta.get("env_id"), num_actions, shape, str(data.observation.dtype))
-    if environment is not None:
-        shape, num_actions = environment.single_observation_space.shape, int(environment.single_action_space.n)
-    wanted = (args.env_id, num_actions, shape, "float32")
-    if found != wanted or len(shape) != 2:
-        raise InputError(f"the dataset has {found}, not (environment, actions, rows and columns, type) {wanted}")
-    if meta.get("noise", 0.0) != args.noise:
-        raise InputError(f"the dataset has noise {meta.get('noise', 0.0)!r}, not {args.noise}: name it by --noise")
-    episodes, window = meta["episodes"], args.unroll_steps + args.bootstrap_steps + 1
-    # Of as many equal stretches of the dataset as episodes are kept, one episode each, drawn by seed.
-    edges = np.linspace(0, episodes, max(1, round(args.data_fraction * episodes)) + 1).astype(int)
-    kept = np.random.default_rng(args.seed).integers(edges[:-1], edges[1:])
-    rows = np.isin(np.cumsum(data.is_first) - 1, kept).nonzero()[0].astype(np.int32)
-    longest = np.diff(np.append(data.is_first[rows], True).nonzero()[0]).max()
-    if longest < window:
-        raise InputError(f"windows of {window} steps are longer than every episode of the data (at most {longest} steps)")
-    return data, rows, meta
-
-
-def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
-    """Indices [B, T] of windows of consecutive steps, drawn with replacement; they may run over an episode's end."""
-    window = args.unroll_steps + args.bootstrap_steps + 1
-    start = jax.random.randint(key, (args.batch_size,), 0, num_steps - window + 1)
-    return jax.lax.with_sharding_constraint(start, sharding("batch"))[:, None] + jnp.arange(window)
 
 
 # ------------------------------------------------------------------------------------------------------------- Networks
@@ -274,9 +125,12 @@ class Model(nn.Module):
         self.torso = nn.Dense(32, dtype=dtype)
         self.heads = nn.Dense(self.num_actions + 2 * self.args.num_bins, dtype=dtype, kernel_init=nn.initializers.zeros)
 
+    def __call__(self, observation: jax.Array, action: jax.Array) -> Prediction:  # all networks, for their parameters
+        return self.prediction(self.dynamics(self.representation(observation), action))
+
     def representation(self, observation: jax.Array) -> jax.Array:
-        """h: observations [..., rows, columns] to states [..., S]."""
-        return self.encoder(observation.reshape(*observation.shape[:-2], -1))
+        """h: observations [..., F] to states [..., S]."""
+        return self.encoder(observation)
 
     def dynamics(self, state: jax.Array, action: jax.Array) -> jax.Array:
         """g: states [..., S] and actions [...] to next states [..., S]."""
@@ -316,48 +170,44 @@ def two_hot(x: jax.Array, num_bins: int) -> jax.Array:
 
 def to_scalar(logits: jax.Array) -> jax.Array:
     """[..., num_bins] to [...]: phi^-1 of the distribution's mean."""
-    return inverse_value_transform(jax.nn.softmax(logits) @ support(logits.shape[-1]))
+    return inverse_value_transform(jnp.dot(jax.nn.softmax(logits), support(logits.shape[-1]), precision="highest"))
 
 
 # --------------------------------------------------------------------------------------------------- Policy improvement
 
 
+@functools.partial(jax.vmap, in_axes=(None, None, None, -1, None), out_axes=-1)
 def one_step_advantage(params: Any, state: jax.Array, value: jax.Array, action: jax.Array, model: Model) -> jax.Array:
     """adv_g(s, a) = r_g(s, a) + gamma v(g(s, a)) - v(s): states [..., S], values [...], actions [..., N] to [..., N]."""
     net = model.bind(params)
-    states = jnp.repeat(jnp.expand_dims(state, action.ndim - 1), action.shape[-1], axis=action.ndim - 1)  # [..., N, S]
-    after = net.prediction(net.dynamics(states, action))
-    return to_scalar(after.reward_logits) + model.args.discount * to_scalar(after.value_logits) - value[..., None]
+    after = net.prediction(net.dynamics(state, action))
+    return to_scalar(after.reward_logits) + model.args.discount * to_scalar(after.value_logits) - value
 
 
 def sampled_one_step_target(action: jax.Array, advantage: jax.Array, num_actions: int) -> jax.Array:
     """The target from N actions drawn from the prior (Muesli, Hessel et al. 2021): [..., N], [..., N] to [..., A].
 
-    Z_i = (1 + sum_j exp(adv_j) - exp(adv_i)) / N; p(a_i) += exp(adv_i) / (N Z_i). It weights -log pi; its sum is not 1.
+    Z_i = (1 + sum_{j != i} exp(adv_j)) / N; p(a_i) += exp(adv_i) / (N Z_i). It weights -log pi; its sum is not 1.
     An addend is at most e^30, with which gradients are finite.
     """
-    others = jnp.where(jnp.eye(advantage.shape[-1], dtype=bool), 0, advantage[..., None, :])  # exp(0) is the 1 in Z_i
-    weight = jnp.exp(jnp.minimum(advantage - jax.nn.logsumexp(others, axis=-1), 30))
+    others = jnp.where(jnp.eye(advantage.shape[-1], dtype=bool), -jnp.inf, advantage[..., None, :])  # j != i
+    log_nz = jnp.logaddexp(0, jax.nn.logsumexp(others, axis=-1))  # log(N Z_i)
+    weight = jnp.exp(jnp.minimum(advantage - log_nz, 30))
     return jnp.sum(weight[..., None] * jax.nn.one_hot(action, num_actions), axis=-2)
 
 
-def improve_policy(
-    params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, action: jax.Array, model: Model
-) -> tuple[jax.Array, jax.Array]:
-    """The improved policy at states [..., S] with their prediction, p(a) = prior(a) exp(adv_g(s, a)) / Z [..., A], and the
-    advantages adv_g(s, action) [...] of the data's actions [...]."""
-    logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)
-    if model.args.sampling:
-        draws = (model.args.num_simulations, *value.shape)
-        samples = jnp.moveaxis(jax.random.categorical(key, logits, shape=draws), 0, -1)  # [..., N]
-        advantage = one_step_advantage(params, state, value, jnp.append(samples, action[..., None], axis=-1), model)
-        return sampled_one_step_target(samples, advantage[..., :-1], model.num_actions), advantage[..., -1]
-    every_action = jnp.broadcast_to(jnp.arange(model.num_actions), logits.shape)
-    advantage = one_step_advantage(params, state, value, every_action, model)
-    return jax.nn.softmax(logits + advantage), jnp.take_along_axis(advantage, action[..., None], axis=-1)[..., 0]
+# ----------------------------------------------------------------------------------------------------- Targets and loss
 
 
-# ----------------------------------------------------------------------------------------------------------------- Loss
+class Steps(NamedTuple):
+    """Steps in time order: the whole dataset with leading axis [N], or a batch of windows with leading axes [B, T]."""
+
+    observation: Any  # [..., F] float32
+    action: Any  # [...] int32; an episode's last step has none, and 0 here
+    reward: Any  # [...] float32, of the action
+    is_first: Any  # [...] bool
+    is_last: Any  # [...] bool
+    is_terminal: Any  # [...] bool; an episode whose last step is not terminal was truncated
 
 
 class Labels(NamedTuple):
@@ -379,18 +229,26 @@ class Targets(NamedTuple):
 
 
 def make_labels(target_params: Any, key: jax.Array, steps: Steps, model: Model) -> Labels:
-    """Labels [...] of steps [...]."""
-    net = model.bind(target_params)
+    """Labels [...] of steps [...]. The improved policy is p(a) = prior(a) exp(adv_g(s, a)) / Z, or sampled."""
+    net, taken = model.bind(target_params), steps.action[..., None]
     state = net.representation(steps.observation)
     prediction = net.prediction(state)
-    policy, advantage = improve_policy(target_params, key, state, prediction, steps.action, model)
-    return Labels(to_scalar(prediction.value_logits), policy, advantage)
+    logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)
+    if model.args.sampling:
+        draws = jax.random.categorical(key, logits, shape=(model.args.num_simulations, *value.shape))
+        samples = jnp.moveaxis(draws, 0, -1)  # [..., N]
+        advantage = one_step_advantage(target_params, state, value, samples, model)
+        policy = sampled_one_step_target(samples, advantage, model.num_actions)
+        return Labels(value, policy, one_step_advantage(target_params, state, value, taken, model)[..., 0])
+    every_action = jnp.broadcast_to(jnp.arange(model.num_actions), logits.shape)
+    advantage = one_step_advantage(target_params, state, value, every_action, model)
+    return Labels(value, jax.nn.softmax(logits + advantage), jnp.take_along_axis(advantage, taken, axis=-1)[..., 0])
 
 
 def n_step_return(batch: Steps, value: jax.Array, args: Args) -> jax.Array:
     """z_t = sum_{i<n} D_i r_{t+i} + D_n v_{t+n}, D_0 = 1, D_{i+1} = D_i gamma (1 - is_last_{t+i+1}): [B, T] to [B, K+1].
 
-    An episode that was cut off at step L, within n steps of t, has no more rewards: gamma^(L-t) v_L stands for them.
+    Of an episode truncated at step L, within n steps of t, no more rewards are known: gamma^(L-t) v_L stands for them.
     """
     length = args.unroll_steps + 1
     result, discount = jnp.zeros_like(value[:, :length]), jnp.ones_like(value[:, :length])
@@ -403,35 +261,26 @@ def n_step_return(batch: Steps, value: jax.Array, args: Args) -> jax.Array:
     return result + discount * value[:, args.bootstrap_steps :]
 
 
-def random_actions(key: jax.Array, shape: tuple[int, ...], num_actions: int) -> jax.Array:
-    """Uniform actions, to unroll after an episode's end."""
-    return jax.random.randint(key, shape, 0, num_actions)
-
-
 def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Targets:
     """Targets of windows [B, T]; what lies after a terminal state in the window is an absorbing state.
 
-    From the step on at which an episode was cut off nothing is known: there all losses have weight 0.
+    From the step on at which an episode was truncated nothing is known: there all losses have weight 0.
     """
     k, length, num_actions = args.unroll_steps, args.unroll_steps + 1, labels.policy.shape[-1]
-    ended = jax.lax.cummax(batch.is_last[:, :length].astype(int), axis=1) == 1  # any is_last in 0..t
-    restarted = jax.lax.cummax(batch.is_first[:, 1 : length + 1].astype(int), axis=1) == 1  # any is_first in 1..t+1
-    first_end = batch.is_last[:, :length] & (jnp.cumsum(batch.is_last[:, :length], axis=1) == 1)
-    cut_off = jax.lax.cummax((first_end & ~batch.is_terminal[:, :length]).astype(int), axis=1)  # 1 from a cut-off on
+    is_last, next_is_first = batch.is_last[:, :length], batch.is_first[:, 1 : length + 1]
+    is_truncated = is_last & ~batch.is_terminal[:, :length] & (jnp.cumsum(is_last, axis=1) == 1)  # the window's first end
+    flags = jnp.stack([is_last, next_is_first, is_truncated]).astype(int)
+    ended, restarted, truncated = jax.lax.cummax(flags, axis=2) == 1  # [B, K+1] each: whether there is one so far
+    known = 1 - truncated
     return Targets(
-        action=jnp.where(restarted[:, :k], random_actions(key, (len(ended), k), num_actions), batch.action[:, :k]),
+        action=jnp.where(restarted[:, :k], jax.random.randint(key, (len(ended), k), 0, num_actions), batch.action[:, :k]),
         reward=jnp.where(restarted[:, :k], 0, batch.reward[:, :k]),
         value=jnp.where(ended, 0, n_step_return(batch, labels.value, args)),
         policy=jnp.where(ended[..., None], 1 / num_actions, labels.policy[:, :length]),
-        reward_weight=(1 - cut_off[:, :k]) / jnp.maximum(1 - cut_off[:, :k].mean(), 1e-6),
-        weight=(1 - cut_off) / jnp.maximum(1 - cut_off.mean(), 1e-6),
+        reward_weight=known[:, :k] / jnp.maximum(known[:, :k].mean(), 1e-6),
+        weight=known / jnp.maximum(known.mean(), 1e-6),
         behavior=(labels.advantage[:, :length] >= 0) & ~restarted,  # the filter H(adv_g(s, a)), H(x) = 1 for x >= 0
     )
-
-
-def scale_gradient(x: jax.Array, scale: float) -> jax.Array:
-    """x itself, with its gradient multiplied by scale."""
-    return scale * x + jax.lax.stop_gradient((1 - scale) * x)
 
 
 def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax.Array, dict]:
@@ -439,7 +288,7 @@ def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax
     args, net = model.args, model.bind(params)
     states = [net.representation(batch.observation[:, 0])]  # of the online encodings only o_0's is used
     for i in range(args.unroll_steps):
-        states.append(scale_gradient(net.dynamics(states[-1], targets.action[:, i]), args.dynamics_gradient_scale))
+        states.append(optax.scale_gradient(net.dynamics(states[-1], targets.action[:, i]), args.dynamics_gradient_scale))
     prediction = net.prediction(jnp.stack(states, axis=1))  # [B, K+1, ...]
     log_policy = jax.nn.log_softmax(prediction.policy_logits)
     behavior_action, cloned = batch.action[:, : args.unroll_steps + 1, None], targets.weight * targets.behavior
@@ -460,7 +309,7 @@ def loss(params: Any, batch: Steps, targets: Targets, model: Model) -> tuple[jax
     return total, metrics | {"total_loss": total}
 
 
-# ---------------------------------------------------------------------------------------------------------- Update step
+# -------------------------------------------------------------------------------------------------------------- Updates
 
 
 class TrainState(NamedTuple):
@@ -484,23 +333,28 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
     """The state before the first update."""
     init_key, key = jax.random.split(jax.random.PRNGKey(model.args.seed))
-    init = jax.jit(nn.init(lambda net, *x: net.prediction(net.dynamics(net.representation(x[0]), x[1])), model))
-    params = init(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros(1, jnp.int32))
+    params = jax.jit(model.init)(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros(1, jnp.int32))
     optimizer_state = make_optimizer(model.args).init(params)
     state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
     return jax.device_put(jax.device_get(state), sharding())
 
 
+def sharding(*axes: str) -> NamedSharding:
+    """sharding("batch") splits the leading axis over all devices, sharding() gives each device the whole."""
+    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), jax.P(*axes))
+
+
+def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
+    """Indices [B, T] of windows of consecutive steps, drawn with replacement; they may run over an episode's end."""
+    window = args.unroll_steps + args.bootstrap_steps + 1
+    start = jax.random.randint(key, (args.batch_size,), 0, num_steps - window + 1)
+    return jax.lax.with_sharding_constraint(start, sharding("batch"))[:, None] + jnp.arange(window)
+
+
 def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
-    """One update on one batch of windows [B, T] with their labels [B, T]."""
-
-    @per_device(jax.P(), jax.P("batch"), jax.P("batch"))
-    def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict]:
-        """Each device takes its share of the batch; gradient and metrics are averaged in a single exchange."""
-        flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
-        return unravel(jax.lax.pmean(flat, "batch"))
-
-    gradient, metrics = mean_gradient(state.params, batch, make_targets(key, batch, labels, model.args))
+    """One update on one batch of windows [B, T] with their labels [B, T]. The batch is shared out over the devices."""
+    targets = make_targets(key, batch, labels, model.args)
+    gradient, metrics = jax.grad(loss, has_aux=True)(state.params, batch, targets, model)
     updates, optimizer_state = make_optimizer(model.args).update(gradient, state.optimizer_state, state.params)
     params, step = optax.apply_updates(state.params, updates), state.step + 1
     target_params = optax.periodic_update(params, state.target_params, step, model.args.target_update_interval)
@@ -510,30 +364,26 @@ def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, mode
 
 @functools.partial(jax.jit, static_argnames="model")
 def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
-    """Labels [N], made once a step, of the steps that windows read before the next target copy; zeros for the others."""
-    length, interval, num_devices, size = len(data.action), model.args.target_update_interval, jax.device_count(), 1024
-    updates = state.step - state.step % interval + jnp.arange(interval)
+    """Labels [N] of the steps that windows read before the next target copy; zeros for the others.
+
+    Until the target parameters change, a step has the same labels in all windows that hold it. So it is labelled once:
+    draw the windows of all updates up to the next copy, by the keys of update_many, and label their steps in chunks.
+    """
+    length, interval, size = len(data.action), model.args.target_update_interval, 1024 * jax.device_count()
     windows_key, _, labels_key = jax.random.split(state.key, 3)
+    updates = state.step - state.step % interval + jnp.arange(interval)
     windows = jax.vmap(lambda t: sample_windows(jax.random.fold_in(windows_key, t), length, model.args))(updates)
     is_read = jnp.zeros(length, bool).at[windows].set(True)
-    num_rows = -(-length // (num_devices * size))
-    chunks = jnp.nonzero(is_read, size=num_rows * num_devices * size, fill_value=length)[0]
+    chunks = jnp.nonzero(is_read, size=-(-length // size) * size, fill_value=length)[0].reshape(-1, size)
 
-    @per_device(jax.P(), jax.P(), jax.P(), jax.P(), jax.P(None, "batch"))
-    def label_rows(params: Any, key: jax.Array, data: Steps, count: jax.Array, chunks: jax.Array) -> Labels:
-        """Each device labels one chunk of every row; chunks: its own [num_rows, 1, size]."""
+    def label_chunk(i: jax.Array, labels: Labels) -> Labels:
+        chunk = jax.lax.with_sharding_constraint(chunks[i], sharding("batch"))
+        key = jax.random.fold_in(jax.random.fold_in(labels_key, updates[0]), i)
+        new = make_labels(state.target_params, key, jax.tree.map(lambda x: x[chunk], data), model)
+        return jax.tree.map(lambda x, y: x.at[chunk].set(y, mode="drop"), labels, new)
 
-        def label_chunk(i: jax.Array, labels: Labels) -> Labels:
-            chunk_key = jax.random.fold_in(key, i * num_devices + jax.lax.axis_index("batch"))
-            new = make_labels(params, chunk_key, jax.tree.map(lambda x: x[chunks[i, 0]], data), model)
-            return jax.tree.map(lambda x, y: x.at[chunks[i, 0]].set(y, mode="drop"), labels, new)
-
-        shapes = jax.eval_shape(functools.partial(make_labels, model=model), params, key, data)
-        labels = jax.lax.fori_loop(0, count, label_chunk, jax.tree.map(jnp.zeros_like, shapes))
-        return jax.lax.psum(labels, "batch")
-
-    key, count = jax.random.fold_in(labels_key, updates[0]), -(-is_read.sum() // (num_devices * size))
-    return label_rows(state.target_params, key, data, count, chunks.reshape(num_rows, num_devices, size))
+    zeros = Labels(jnp.zeros(length), jnp.zeros((length, model.num_actions)), jnp.zeros(length))
+    return jax.lax.fori_loop(0, -(-is_read.sum() // size), label_chunk, zeros)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -553,20 +403,68 @@ def update_many(state: TrainState, count: jax.Array, data: Steps, labels: Labels
     return jax.lax.fori_loop(0, count, body, (state, jax.tree.map(jnp.zeros_like, jax.eval_shape(next_update, state)[1])))
 
 
+# -------------------------------------------------------------------------------------------------------------- Dataset
+
+
+class InputError(Exception):
+    """What the program's user can put right: it is printed as one sentence, and the exit code is 2."""
+
+
+def require(is_right: Any, fault: str) -> None:
+    """Raises InputError with the fault if something is not right."""
+    if not is_right:
+        raise InputError(fault)
+
+
+def load_dataset(folder: Path, args: Args) -> tuple[Steps, dict[str, Any]]:
+    """The steps [N] of a fraction of a dataset's episodes, and its meta.json. Format: data/README.md in the repository.
+
+    Raises InputError for a dataset that is missing or damaged, of another task, or would make training silently wrong.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        data = Steps(*(np.load(folder / f"{field}.npy") for field in Steps._fields))
+        found, length, num_actions = (meta["env_id"], meta.get("noise", 0.0)), meta["steps"], meta["num_actions"]
+    except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
+        raise InputError(f"the dataset {folder} is missing or damaged ({error}): name another by --data-dir") from None
+    of = f"the dataset {folder}"
+    is_whole = "".join(x.dtype.kind for x in data) == "fifbbb" and {x.shape[:1] for x in data} == {(length,)}
+    require(is_whole, f"{of} is damaged: its arrays do not hold {length} floats, integers, floats and three times flags")
+    require(found == (args.env_id, args.noise), f"{of} is of {found}, not of {args.env_id, args.noise} (--env-id, --noise)")
+    is_whole = np.array_equal(data.is_first, np.roll(data.is_last, 1)) and data.is_last[data.is_terminal].all()
+    require(is_whole and data.is_first[0], f"{of} does not mark whole episodes by is_first, is_last and is_terminal")
+    require(data.action.min() >= 0 and data.action.max() < num_actions, f"{of} has actions outside 0 to {num_actions - 1}")
+    require(not data.reward[data.is_last].any(), f"{of} has a reward at an episode's last step, which has no action")
+    require(np.isfinite(data.reward).all(), f"{of} has a reward that is not finite (reward.npy)")
+    require(np.isfinite(data.observation).all(), f"{of} has an observation that is not finite (observation.npy)")
+    # Of as many equal stretches of the dataset as episodes are kept, one episode each, drawn by seed.
+    episode = np.cumsum(data.is_first) - 1  # [N], of the step
+    edges = np.linspace(0, episode[-1] + 1, max(1, round(args.data_fraction * (episode[-1] + 1))) + 1).astype(int)
+    kept = np.isin(episode, np.random.default_rng(args.seed).integers(edges[:-1], edges[1:]))
+    window = args.unroll_steps + args.bootstrap_steps + 1
+    require(np.bincount(episode[kept]).max() >= window, f"{of} has no episode of {window} steps, a window")
+    meta["observation_shape"] = data.observation.shape[1:]
+    data = data._replace(observation=data.observation.reshape(length, -1))
+    return jax.tree.map(lambda x: x[kept], data), meta
+
+
 # --------------------------------------------------------------------------------- Environments, acting and evaluation
+
+
+BSUITE = {"catch": "Catch", "cartpole": "Cartpole", "mountain_car": "MountainCar"}  # classes of bsuite.environments
 
 
 class BSuite(gymnasium.Env):
     """A task of bsuite (Osband et al. 2020) as a Gymnasium environment; every end of an episode is terminal."""
 
-    TASKS: ClassVar = {"catch": catch.Catch, "cartpole": cartpole.Cartpole, "mountain_car": mountain_car.MountainCar}
-
-    def __init__(self, env_id: str, seed: int) -> None:
-        self.task = self.TASKS[env_id](seed=seed)
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, self.task.observation_spec().shape, np.float32)
+    def __init__(self, name: str) -> None:
+        self.make = getattr(importlib.import_module(f"bsuite.environments.{name}"), BSUITE[name])  # here: it takes a second
+        self.task = self.make()
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, self.task.observation_spec().shape)
         self.action_space = gymnasium.spaces.Discrete(self.task.action_spec().num_values)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        self.task = self.task if seed is None else self.make(seed=seed)
         return self.task.reset().observation, {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -574,40 +472,15 @@ class BSuite(gymnasium.Env):
         return timestep.observation, timestep.reward, timestep.last(), False, {}
 
 
-def make_environment(env_id: str, seed: int) -> gymnasium.Env:
-    """A task of bsuite, or an environment of Gymnasium with its observations as float32 matrices; a vector is one row.
-
-    Raises InputError for an unknown name, with the closest known one, and for other observations or actions.
-    """
-    if env_id in BSuite.TASKS:
-        return BSuite(env_id, seed)
-    try:
-        environment = gymnasium.make(env_id, disable_env_checker=True)
-    except (gymnasium.error.Error, ImportError) as error:
-        known = [*BSuite.TASKS, *gymnasium.registry]
-        if env_id in known:
-            raise InputError(f"{env_id} cannot be made: {str(error).strip().splitlines()[0]}") from None
-        closest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.0)[0]
-        raise InputError(f"there is no task {env_id!r}; did you mean {closest!r}?") from None
-    actions, space = environment.action_space, environment.observation_space
-    if not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0 or len(space.shape or ()) not in (1, 2):
-        raise InputError(f"{env_id} has {space} and {actions}, not vectors or matrices and a number of actions from 0")
-    shape = (1, *(space.shape or ()))[-2:]
-    matrices = gymnasium.spaces.Box(-np.inf, np.inf, shape, np.float32)
-    environment.reset(seed=seed)
-    return gymnasium.wrappers.TransformObservation(environment, lambda x: np.float32(x).reshape(shape), matrices)
-
-
-def make_environments(env_id: str, seeds: Sequence[int]) -> Any:
-    """An environment for each of the seeds, side by side; the step after an episode's end resets, and ignores its action."""
-    return gymnasium.vector.SyncVectorEnv([functools.partial(make_environment, env_id, seed) for seed in seeds])
+for name in BSUITE.keys() - gymnasium.registry.keys():
+    gymnasium.register(name, functools.partial(BSuite, name), disable_env_checker=True, order_enforce=False)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> jax.Array:
-    """Actions [V] at observations [V, rows, columns], drawn from the improved policy (with sampling, from the prior)."""
+    """Actions [V] at observations [V, ...], drawn from the improved policy (with sampling, from the prior)."""
     net = model.bind(params)
-    state = net.representation(observation)
+    state = net.representation(observation.reshape(len(observation), -1))
     prediction = net.prediction(state)
     logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)
     if model.args.sampling:
@@ -616,312 +489,159 @@ def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> ja
     return jax.random.categorical(key, logits + one_step_advantage(params, state, value, every_action, model))
 
 
-def evaluate(state: TrainState, model: Model, meta: dict[str, Any], stopped_by: Sequence[int] = ()) -> dict[str, Any]:
-    """Plays eval_episodes episodes in the real environment and returns the "eval/..." metrics; {} if stopped_by a signal.
-
-    How many episodes each environment plays is fixed beforehand, so that short episodes do not count more often. meta: the
-    dataset's; with its reference returns, the normalised score is (return - random play) / (online DQN - random play).
-    """
-    args, step = model.args, int(state.step)
-    num_envs = min(args.eval_envs, args.eval_episodes)
-    episodes_left = args.eval_episodes // num_envs + (np.arange(num_envs) < args.eval_episodes % num_envs)
-    act_seed, *seeds = np.random.SeedSequence([args.seed, step]).generate_state(1 + num_envs).tolist()
-    environments = make_environments(args.env_id, seeds)
-    random = np.random.default_rng([args.seed, step])  # of action noise
-    params, key = jax.tree.map(lambda x: x.addressable_data(0), state.params), jax.random.PRNGKey(act_seed)
-    observation, _ = environments.reset()  # [V, rows, columns]
-    returns, lengths = list[float](), list[int]()
-    running_return, running_length = np.zeros(num_envs), np.zeros(num_envs, int)
-    is_reset = np.zeros(num_envs, bool)  # the step after an episode's end resets; it ignores its action and is not counted
-    while episodes_left.any():
-        if stopped_by:
-            return {}
+def evaluate(state: TrainState, environments: Any, model: Model, meta: dict[str, Any]) -> dict[str, float]:
+    """Plays one episode in each of the environments and returns the "eval/..." metrics. meta: the dataset's; with its
+    reference returns, the normalised score is (return - random play) / (online DQN - random play)."""
+    number, seed = environments.num_envs, [model.args.seed, int(state.step)]
+    act_seed, *seeds = np.random.SeedSequence(seed).generate_state(1 + number).tolist()
+    key, random = jax.random.PRNGKey(act_seed), np.random.default_rng(seed)  # of actions, and of their noise
+    params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
+    observation, _ = environments.reset(seed=seeds)
+    returns, lengths, is_playing = np.zeros(number), np.zeros(number, int), np.ones(number, bool)
+    while is_playing.any():
         key, act_key = jax.random.split(key)
         action = np.asarray(act(params, act_key, observation, model))
-        noisy = random.random(num_envs) < args.noise
-        action = np.where(noisy, random.integers(model.num_actions, size=num_envs), action)
+        noisy = random.random(number) < model.args.noise
+        action = np.where(noisy, random.integers(model.num_actions, size=number), action)
         observation, reward, terminated, truncated, _ = environments.step(action)
-        running_return += np.where(is_reset, 0, reward)
-        running_length += ~is_reset
-        is_reset = terminated | truncated
-        finished = is_reset & (episodes_left > 0)
-        returns, lengths = [*returns, *running_return[finished]], [*lengths, *running_length[finished]]
-        episodes_left -= finished
-        running_return[is_reset], running_length[is_reset] = 0, 0
-    environments.close()
-    scores = {f"eval/return_{name}": float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
-    scores |= {"eval/length_mean": float(np.mean(lengths)), "eval/episodes": len(returns)}
+        returns += np.where(is_playing, reward, 0)
+        lengths += is_playing
+        is_playing &= ~(terminated | truncated)
+    scores = {f"eval/return_{name}": float(getattr(returns, name)()) for name in ("mean", "std", "min", "max")}
+    scores |= {"eval/length_mean": float(lengths.mean()), "eval/episodes": number}
     if reference := meta.get("reference_returns"):
         gain, whole = scores["eval/return_mean"] - reference["random"], reference["online_dqn"] - reference["random"]
         scores["eval/normalized_score"] = gain / whole
     return scores
 
 
-# ---------------------------------------------------------------------- Run folder, checkpoints, logging, command line
-
-
-def use_devices(args: Args) -> None:
-    """Splits a CPU into devices, so that all its cores work on a batch, and joins the other processes of --distributed.
-
-    JAX finds those on clusters that it knows (Slurm, for one), and elsewhere by the environment's JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises InputError if it does not, or if the devices cannot share the batch.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(n for n in range(1, min(cores, 8) + 1) if args.batch_size % n == 0)
-    with suppress(RuntimeError):  # JAX has started already
-        jax.config.update("jax_num_cpu_devices", args.cpu_devices or most)
-    if args.distributed:
-        count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        try:
-            jax.distributed.initialize(num_processes=int(count or 0) or None, process_id=int(index) if index else None)
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"--distributed: {error}") from None
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError):  # JAX asserts that it knows the platform
-        raise InputError(f"JAX has no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}") from None
-    if args.batch_size % jax.device_count() != 0:
-        raise InputError(f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices")
-
-
-def catch_signals() -> list[int]:
-    """From now on a first signal only goes into this list, and a second one ends the program.
-
-    Of several processes, each turns its signal into SIGTERM, of which JAX's own handler tells all (reached_preemption).
-    """
-    caught: list[int] = []
-
-    def catch(signum: int, _: Any) -> None:
-        caught.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, *([signal.SIGTERM] if jax.process_count() == 1 else [])):
-        signal.signal(signum, catch)
-    return caught
-
-
-def read_run(run_dir: Path) -> dict[str, Any]:
-    """The args.json of a run of this script. Raises InputError if the folder has none."""
-    try:
-        run = json.loads((run_dir / "args.json").read_text())
-        script, _, _ = run["script"], run["args"]["data_dir"], run["dataset"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run_dir} is not the folder of a run that can be resumed: {error!r}") from None
-    if script != Path(__file__).stem:
-        raise InputError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
-    return run
-
-
-def open_run(args: Args, meta: dict[str, Any]) -> dict[str, Any]:
-    """Makes the run's folder, or takes that of --resume, keeps other programs out, and returns what args.json shall say.
-
-    Raises InputError if the folder exists already, another program trains in it, or a resumed run's dataset has changed.
-    """
-    script, data_dir, before, commit = Path(__file__), str(find_dataset(args).absolute()), None, None
-    name = f"{args.env_id.replace('/', '_')}__{script.stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    for i in itertools.count(1):  # two runs may begin in the same second
-        run_dir = args.run_dir or Path("runs", f"{name}_{i}" if i > 1 else name)
-        with suppress(FileExistsError):
-            run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
-            break
-        if args.run_dir:
-            raise InputError(f"{run_dir} exists already: name another --run-dir, or go on with --resume")
-    try:
-        fcntl.lockf(os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
-    except OSError as error:
-        if isinstance(error, BlockingIOError):  # else the file system has no locks
-            raise InputError(f"another program is training in {run_dir}") from None
-    if args.resume:
-        before = read_run(run_dir)
-        if before["dataset"] != meta and before["args"]["data_dir"] == data_dir:
-            raise InputError(f"{data_dir} is no longer the dataset that {run_dir} was trained on")
-    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        commit = subprocess.check_output(["git", "-C", script.parent, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL)
-    return {
-        "id": before["id"] if before else uuid.uuid4().hex[:8],
-        "script": script.stem,
-        "args": vars(args) | {"run_dir": run_dir, "data_dir": data_dir},
-        "dataset": meta,
-        "git_commit": commit and commit.decode().strip(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "versions": {"python": sys.version} | {each.name: each.version for each in importlib.metadata.distributions()},
-    }
-
-
-def open_checkpoints(run_dir: Path, read_only: bool = False) -> ocp.CheckpointManager:
-    """A run's checkpoints: each whole or absent, the last two are kept. read_only: another program may write them."""
-    options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
-    if not read_only:
-        options = dataclasses.replace(options, create=True, max_to_keep=2, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
-
-
-def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
-    if checkpoints.latest_step() != int(state.step):
-        checkpoints.save(int(state.step), args=ocp.args.StandardSave(state), force=True)
-
-
-def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState:
-    """The last checkpoint, in the shapes and places of `like`. Raises InputError if there is none or it cannot be read."""
-    *before, step = sorted(checkpoints.all_steps()) or [None]
-    if step is None:
-        raise InputError(f"{checkpoints.directory} holds no checkpoint")
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # where a restore fails, its threads print more
-    try:
-        state = checkpoints.restore(step, args=ocp.args.StandardRestore(like))
-    except Exception as error:  # Orbax raises many kinds, also a bare one
-        reason = str(error.__cause__ or error).strip().split("\n")[0].split(" [tensorstore")[0][:600]
-        others = "".join(f"; before it there is {checkpoints.directory}/{step}" for step in before)
-        raise InputError(f"the checkpoint {checkpoints.directory}/{step} cannot be read ({reason}){others}") from None
-    sys.unraisablehook = hook
-    return state
-
-
-def open_log(run: dict[str, Any], step: int) -> tuple[set[int], Callable[[int, dict[str, Any]], None]]:
-    """The steps that are scored, and a function that appends to metrics.jsonl and, with --track, to Weights & Biases.
-
-    Writes args.json. Drops the lines after `step`: a killed run wrote them after its last checkpoint, and they come again.
-    Raises InputError if there is nothing left to do.
-    """
-    args, path, tracker = run["args"], run["args"]["run_dir"] / "metrics.jsonl", None
-    texts = path.read_text().splitlines(keepends=True) if path.exists() else []
-    texts = [text for text in texts if text.endswith("\n") and json.loads(text)["step"] <= step]
-    scored = {0} | {json.loads(text)["step"] for text in texts if "eval/return_mean" in text}
-    if step > args["total_steps"] or (step == args["total_steps"] and (step in scored or not args["eval_episodes"])):
-        raise InputError(f"{path.parent} has made {step} updates already: name more with --total-steps")
-    if jax.process_index() > 0:
-        return scored, lambda step, metrics: None
-    for name, text in {"args.json": json.dumps(run, indent=2, default=str) + "\n", path.name: "".join(texts)}.items():
-        path.with_name(f"{name}.new").write_text(text)
-        path.with_name(f"{name}.new").rename(path.with_name(name))
-    file = path.open("a")
-    if args["track"]:
-        import wandb
-
-        names = {"project": args["wandb_project"], "entity": args["wandb_entity"], "name": path.parent.name, "id": run["id"]}
-        tracker = wandb.init(**names, config=args, dir=str(path.parent), resume="allow")
-
-    def write(step: int, metrics: dict[str, Any]) -> None:
-        file.write(json.dumps({"step": step, **metrics}) + "\n")
-        file.flush()
-        if tracker is not None:
-            tracker.log(metrics, step=step)
-
-    return scored, write
-
-
-def parse_args(argv: Sequence[str] | None = None) -> Args:
-    """Reads the command line. What it does not name is, with --resume, as in that run, which goes on in its folder.
-
-    Raises InputError for values that make no sense, or if --resume names no run of this script.
-    """
-    first, default = argparse.ArgumentParser(add_help=False, allow_abbrev=False), Args()
-    first.add_argument("--resume", type=Path)
-    resume = first.parse_known_args(argv)[0].resume
-    if resume is not None:
-        saved = read_run(resume)["args"]
-        if unknown := sorted(saved.keys() - vars(default).keys()):
-            print(f"{resume} has settings that this program lacks: {', '.join(unknown)}", file=sys.stderr)
-        saved |= {"resume": resume, "run_dir": resume, "data_dir": Path(saved["data_dir"]), "eval_only": False}
-        default = Args(**{name: value for name, value in saved.items() if name not in unknown})
-    args = tyro.cli(Args, args=argv, default=default, description=__doc__)
-    if resume and args.run_dir != resume:
-        raise InputError("--resume goes on in the folder that it names: there is no --run-dir beside it")
-    return args
-
-
 # ----------------------------------------------------------------------------------------------------------------- Main
 
 
-def main(args: Args) -> int:
-    """Trains, or with --eval-only evaluates, and returns the exit code."""
-    use_devices(args)
-    environment = make_environments(args.env_id, [args.seed]) if args.eval_episodes else None
-    if args.eval_only and args.resume and environment:
-        model = Model(int(environment.single_action_space.n), args)
-        state = init_state(environment.single_observation_space.shape, model)
-        state = restore(open_checkpoints(args.resume, read_only=True), state)
-        scores = evaluate(state, model, read_run(args.resume)["dataset"])
-        print(json.dumps({"step": int(state.step), **scores}))
-        return 0
-    dataset, rows, meta = load_dataset(args, environment)
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Reads the command line. What it does not name is, with --resume, as in that run."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    require(not (args.resume and args.run_dir), "--resume goes on in the folder that it names: name no --run-dir beside it")
+    if args.resume:
+        saved = args.resume / "args.json"
+        require(saved.exists(), f"{args.resume} is not the folder of a run: it has no args.json")
+        args = tyro.cli(Args, args=argv, default=Args(**json.loads(saved.read_text())["args"]), description=__doc__)
+    require(not args.eval_only or (args.resume and args.eval_episodes), "--eval-only needs --resume and --eval-episodes")
+    require(not args.distributed or args.resume or args.run_dir, "--distributed needs --run-dir: all train in one folder")
+    require(args.sampling or args.num_simulations == Args.num_simulations, "--num-simulations is used with --sampling only")
+    return args
+
+
+def main(args: Args, stopped_by: Any = ()) -> None:
+    """Trains to the end, or until stopped_by holds a signal; or, with --eval-only, scores the last checkpoint.
+
+    The last thing that a step does is its checkpoint: a killed run loses what came after the last one, and nothing else.
+    """
+    require(args.batch_size % jax.device_count() == 0, f"--batch-size cannot be shared by {jax.device_count()} devices")
+    environments = gymnasium.make_vec(args.env_id, args.eval_episodes, "sync") if args.eval_episodes else None
+    name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = args.resume or args.run_dir or Path("runs", name)
+    folder = args.data_dir or Path("datasets/bsuite", f"{args.env_id}_noise_{args.noise}" if args.noise else args.env_id)
+    if not (args.data_dir or folder.exists()) and args.env_id in BSUITE and Path(__file__).with_name("data").exists():
+        importlib.import_module("data.record_bsuite").record_if_missing(args.env_id, args.noise)
+    if args.eval_only:
+        meta = json.loads((run_dir / "args.json").read_text())["dataset"]
+    else:
+        data, meta = load_dataset(folder, args)
+    if environments:
+        found = environments.single_action_space, environments.single_observation_space.shape
+        wanted = gymnasium.spaces.Discrete(meta["num_actions"]), tuple(meta["observation_shape"])
+        require(found == wanted, f"{args.env_id} has actions and observations {found}, the dataset {wanted}")
     model = Model(meta["num_actions"], args)
-    state = init_state(dataset.observation.shape[1:], model)
-    data = jax.device_put(jax.tree.map(lambda x: x[rows], dataset), sharding())
-    stopped_by = catch_signals()
-    first = jax.process_index() == 0  # of several processes the first writes and talks
-    run = open_run(args, meta) if first else {"args": vars(args)}
-    multihost_utils.sync_global_devices("the run's folder is there")
-    run_dir = run["args"]["run_dir"]
-    checkpoints = open_checkpoints(run_dir)
-    state = state if checkpoints.latest_step() is None else restore(checkpoints, state)
-    step = first_step = int(state.step)
-    scored, write = open_log(run, step)
-    save(checkpoints, state)
-    bar = tqdm(initial=step, total=args.total_steps, unit="update", disable=None if first else True, dynamic_ncols=True)
-    say = functools.partial(bar.write, file=sys.stdout if first else io.StringIO())
-    say(f"{run_dir}: {len(rows)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}")
+    state = init_state((int(np.prod(meta["observation_shape"])),), model)
+
+    first = jax.process_index() == 0
+    if first:  # of several processes the first writes and talks
+        run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
+    if (last := checkpoints.latest_step()) is not None:
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # where a restore fails, its threads print more
+        try:
+            state = checkpoints.restore(last, args=ocp.args.StandardRestore(state))
+        except Exception as error:  # Orbax raises many kinds
+            raise InputError(f"{checkpoints.directory}/{last} cannot be read: {str(error)[:300]}") from None
+        sys.unraisablehook = hook
+    step = int(state.step)
+    require(last is not None or not args.eval_only, f"{checkpoints.directory} holds no checkpoint")
+    if args.eval_only:
+        print(json.dumps({"step": step, **evaluate(state, environments, model, meta)}))
+        return
+    require(step < args.total_steps, f"{run_dir} has made {step} updates already: name more with --total-steps")
+    if first:
+        commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+        run = {"args": vars(args) | {"data_dir": folder.absolute()}, "dataset": meta, "git_commit": commit.stdout.strip()}
+        run["versions"] = {name: sys.modules[name].__version__ for name in ("jax", "flax", "optax", "numpy", "gymnasium")}
+        (run_dir / "args.json.new").write_text(json.dumps(run, indent=2, default=str) + "\n")
+        os.replace(run_dir / "args.json.new", run_dir / "args.json")
+        log_file = (run_dir / "metrics.jsonl").open("a+", buffering=1)
+        log_file.seek(0)  # what a killed run logged after its last checkpoint is dropped, and comes again
+        kept = [text for text in log_file.readlines() if text.endswith("\n") and json.loads(text)["step"] <= step]
+        log_file.truncate(len("".join(kept)))
+        if args.track:
+            wandb = importlib.import_module("wandb")
+            wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), resume="auto", dir=run_dir)
+        print(f"{run_dir}: {len(data.action)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}")
+
+    data = jax.device_put(data, sharding())
     labels = label_dataset(state, data, model)
-    compiled_updates = update_many.lower(state, np.int32(0), data, labels, model).compile()
+    compiled = update_many.lower(state, np.int32(0), data, labels, model).compile()
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
-    sums, logged_step, seconds, calls = dict[str, float](), step, 0.0, itertools.count()
-    while True:
-        if (step % args.eval_interval == 0 or step == args.total_steps) and step not in scored and environment:
-            save(checkpoints, state)
-            if scores := evaluate(state, model, meta, stopped_by):
-                scored.add(step)
-                write(step, scores)
-                say(f"{step} updates: " + ", ".join(f"{name[5:]} {value:.4g}" for name, value in scores.items()))
-        # Of several processes all must stop after the same call: after a signal to any of them JAX agrees on one.
-        stop = bool(stopped_by) if jax.process_count() == 1 else checkpoints.reached_preemption(next(calls))
-        if step == args.total_steps or stop:
-            break
+    bar = tqdm(initial=step, total=args.total_steps, unit="update", disable=None if first else True)
+    sums, logged_step, seconds = dict[str, float](), step, 0.0
+    while step < args.total_steps and not stopped_by:
         start = time.perf_counter()
-        if step % args.target_update_interval == 0 and step != first_step:
+        if step % args.target_update_interval == 0:
             labels = label_dataset(state, data, model)
-        count = min(args.updates_per_call, args.total_steps - step, *(every - step % every for every in intervals))
-        state, metrics = compiled_updates(state, np.int32(count), data, labels)
+        count = min(args.total_steps - step, *(every - step % every for every in intervals))
+        state, metrics = compiled(state, np.int32(count), data, labels)
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(metrics).items()}  # waits
-        seconds += time.perf_counter() - start
+        step, seconds = step + count, seconds + time.perf_counter() - start
+        bar.update(count)
         if not np.isfinite([sums["total_loss"], sums["grad_norm"], sums["param_norm"]]).all():
             sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
-        step += count
-        means = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
-        means["train/updates_per_second"] = speed = (step - logged_step) / seconds
-        progress = f"loss {means['train/total_loss']:.3f}, {speed:.1f} updates/s"
-        bar.set_postfix_str(progress, refresh=False)
-        bar.update(count)
-        if step == first_step + count and jax.default_backend() == "cpu":
-            minutes = (args.total_steps - step) / speed / 60
-            say(f"no accelerator: {progress}, {minutes:.1f} minutes left; --total-steps 20000 suits a CPU")
-        if step % args.log_interval == 0 or step == args.total_steps:
-            write(step, means)
-            if bar.disable:  # stderr is no terminal
-                say(f"{step}/{args.total_steps} updates, {progress}")
+        done, line = step == args.total_steps, dict[str, float]()
+        if done or step % args.log_interval == 0:
+            line = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
+            line["train/updates_per_second"] = (step - logged_step) / seconds
             sums, logged_step, seconds = {}, step, 0.0
-        if step % args.checkpoint_interval == 0:
-            save(checkpoints, state)
-    save(checkpoints, state)
-    bar.close()
-    checkpoints.close()
-    if step < args.total_steps or (environment and step not in scored):
-        say(f"stopped after {step} updates; go on with --resume {run_dir}")
-        return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)
-    return 0
+        if environments and (done or step % args.eval_interval == 0):
+            line |= evaluate(state, environments, model, meta)
+        if line and first:
+            log_file.write(json.dumps({"step": step, **line}) + "\n")
+            shown = ("train/total_loss", "train/updates_per_second", "eval/return_mean", "eval/normalized_score")
+            bar.write(f"{step} updates: " + ", ".join(f"{name} {line[name]:.4g}" for name in shown if name in line))
+            if args.track:
+                wandb.log(line, step=step)
+        if done or stopped_by or step % args.checkpoint_interval == 0:
+            checkpoints.save(step, args=ocp.args.StandardSave(state))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    stopped_by = list[int]()
+
+    def stop(signum: int, _: Any) -> None:  # a first signal ends the loop, with a checkpoint; a second one the program
+        stopped_by.append(signum)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     try:
-        sys.exit(main(parse_args()))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except Exception as error:
-        known = type(error).__name__ == "InputError" or isinstance(error, OSError) or "wandb" in type(error).__module__
-        if not known and not any(word in str(error) for word in ("No space left on device", "RESOURCE_EXHAUSTED")):
-            raise
-        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        args = parse_args()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        shares = [n for n in range(1, min(cores, 8) + 1) if args.batch_size % n == 0]
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices or shares[-1])
+        if args.distributed:
+            jax.distributed.initialize()  # JAX finds the other processes on clusters that it knows, as Slurm
+        else:
+            signal.signal(signal.SIGINT, stop)
+            signal.signal(signal.SIGTERM, stop)
+        main(args, stopped_by)
+    except (InputError, ValidationError, FileExistsError, gymnasium.error.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(128 + stopped_by[0] if stopped_by else 0)

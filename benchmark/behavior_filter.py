@@ -7,12 +7,11 @@ Takes the script's flags too. The authors' reward head is never trained on encod
 """
 
 import functools
-import sys
-from dataclasses import dataclass
 from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
+from pydantic.dataclasses import dataclass
 
 import rosmo_bsuite as script
 from rosmo_bsuite import Labels, Model, Steps, TrainState
@@ -38,5 +37,4 @@ def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
 
 if __name__ == "__main__":
     script.Args, script.label_dataset = Args, label_dataset  # type: ignore[misc]
-    script.__file__ = __file__  # its runs are resumed by this program
-    sys.exit(script.main(script.parse_args()))
+    script.main(script.parse_args())

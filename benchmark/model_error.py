@@ -76,7 +76,7 @@ def set_state(task: Any, observation: np.ndarray) -> None:
 def searched_actions(params: Any, key: jax.Array, observation: np.ndarray, model: script.Model) -> np.ndarray:
     """For each root and depth the actions to the most visited node of that depth: [roots, depths, 16], -1 where none are."""
     net, args = model.bind(params), model.args
-    state = net.representation(jnp.asarray(observation))
+    state = net.representation(jnp.asarray(observation).reshape(len(observation), -1))
     prediction = net.prediction(state)
     root = mctx.RootFnOutput(
         prior_logits=prediction.policy_logits, value=script.to_scalar(prediction.value_logits), embedding=state
@@ -102,7 +102,7 @@ def follow(env_id: str, start: np.ndarray, actions: np.ndarray) -> tuple[list[An
     """
     tasks, rewards, reached, alive = [], np.zeros(len(start)), np.array(start), np.ones(len(start), bool)
     for i, observation in enumerate(start):
-        tasks.append(task := script.BSuite.TASKS[env_id](seed=i))
+        tasks.append(task := script.BSuite(env_id).make(seed=i))
         task.reset()
         set_state(task, observation)
         for action in actions[i][actions[i] >= 0]:
@@ -134,7 +134,7 @@ def play(
 def unroll(params: Any, observation: jax.Array, actions: jax.Array, model: script.Model) -> tuple[jax.Array, jax.Array]:
     """The model's rewards and values [N, D + 1] from states along actions [N, D]."""
     net = model.bind(params)
-    states = [net.representation(observation)]
+    states = [net.representation(observation.reshape(len(observation), -1))]
     for i in range(actions.shape[1]):
         states.append(net.dynamics(states[-1], actions[:, i]))
     prediction = net.prediction(jnp.stack(states, axis=1))
@@ -150,11 +150,8 @@ def returns_of(data: Any, places: np.ndarray, discount: float) -> np.ndarray:
 
 def measure(run_dir: Path) -> list[dict]:
     """The errors of a run's last checkpoint, a row for each kind of actions and depth."""
-    args = script.parse_args(["--resume", str(run_dir)])
-    data = open_dataset(Path(args.data_dir or ""))
-    model = script.Model(data.meta["num_actions"], args)
-    state = script.init_state(data.observation.shape[1:], model)
-    state = script.restore(script.open_checkpoints(run_dir, read_only=True), state)
+    model, state, _ = studies.load_run(script, run_dir)
+    args, data = model.args, open_dataset(Path(model.args.data_dir or ""))
     params, key = jax.tree.map(lambda x: x.addressable_data(0), (state.params, state.key))
     places = np.flatnonzero(~data.is_last[: -max(DEPTHS)])
     starts = np.random.default_rng(0).choice(places, STARTS, replace=False)  # the same for all runs of a task

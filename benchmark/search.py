@@ -28,12 +28,12 @@ ROUNDS, SECONDS = 7, 0.5  # SECONDS: at least, of each timing
 def random_network(num_actions: int, num_roots: int, scale: float = 0.3, **settings: Any) -> tuple[Any, ...]:
     """(model, params, state, prediction): a model with noise of this scale on its parameters, and roots."""
     model, key = mzu.Model(num_actions, mzu.Args(**settings)), jax.random.PRNGKey(0)
-    leaves, tree = jax.tree.flatten(mzu.init_state((10, 5), model).params)
+    leaves, tree = jax.tree.flatten(mzu.init_state((50,), model).params)
     keys = jax.random.split(key, len(leaves))
     leaves = [x + scale * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
     params = jax.device_put(jax.tree.unflatten(tree, leaves), jax.devices()[0])
     net = model.bind(params)
-    state = net.representation(jax.random.normal(key, (num_roots, 10, 5)))
+    state = net.representation(jax.random.normal(key, (num_roots, 50)))
     return model, params, state, net.prediction(state)
 
 

@@ -6,6 +6,7 @@ from its table on any machine; a run that is whole in --runs is read from there;
 
 import csv
 import json
+import math
 import os
 import queue
 import shutil
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import orbax.checkpoint as ocp
 from rliable import library, metrics
 from tqdm import tqdm
 
@@ -96,6 +98,15 @@ def part_of(runs: Sequence[Run], args: Args) -> list[Run]:
 # ---------------------------------------------------------------------------------------------------------- Making runs
 
 
+def load_run(script: Any, run_dir: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The model and the last checkpoint of a run on BSuite, and its dataset's meta.json."""
+    run = json.loads((run_dir / "args.json").read_text())
+    model = script.Model(run["dataset"]["num_actions"], script.Args(**run["args"]))
+    state = script.init_state((math.prod(run["dataset"]["observation_shape"]),), model)
+    checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute())
+    return model, checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state)), run["dataset"]
+
+
 def evaluations_of(run_dir: Path) -> list[dict]:
     """The evaluations in a run's metrics.jsonl, each with the seconds that updates had taken by then (interpolated)."""
     path, steps, seconds = run_dir / "metrics.jsonl", [0], [0.0]
@@ -106,7 +117,7 @@ def evaluations_of(run_dir: Path) -> list[dict]:
             seconds.append(seconds[-1] + (line["step"] - steps[-1]) / line["train/updates_per_second"])
             steps.append(line["step"])
     return [
-        {name.removeprefix("eval/"): value for name, value in line.items()}
+        {name.removeprefix("eval/"): value for name, value in line.items() if not name.startswith("train/")}
         | {"update_seconds": float(np.interp(line["step"], steps, seconds))}
         for line in lines
         if "eval/return_mean" in line

@@ -10,6 +10,7 @@ smallest and the largest; quote the median. Peak memory is that of the whole pro
 """
 
 import importlib
+import os
 import platform
 import resource
 import sys
@@ -17,15 +18,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmark.studies import ROOT
+from data import record_atari, record_bsuite
 from data.dataset import InputError, run_program
 
 REPEATS = 9
-BSUITE_UPDATES = 200  # per timing, in calls of --updates-per-call as in training
+BSUITE_UPDATES = 200  # per timing, in one call as in training
 ATARI_SECONDS = 3.0  # about, per timing
 
 
@@ -50,11 +53,12 @@ def peak_memory() -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
 
 
-def bsuite(script: Any, args: Any, model: Any, shape: tuple[int, ...]) -> None:
+def bsuite(script: Any, args: Any) -> None:
     """Labels of the dataset and compiled loops of updates."""
-    dataset, rows, meta = script.load_dataset(args)
-    data = jax.device_put(jax.tree.map(lambda x: x[rows], dataset), script.sharding())
-    state = script.init_state(shape, model)
+    data, meta = script.load_dataset(args.data_dir or record_bsuite.record_if_missing(args.env_id, args.noise), args)
+    data, model = jax.device_put(data, script.sharding()), script.Model(meta["num_actions"], args)
+    state = script.init_state(data.observation.shape[1:], model)
+    environments = gymnasium.make_vec(args.env_id, args.eval_episodes, "sync")
 
     start = time.perf_counter()
     labels = jax.block_until_ready(script.label_dataset(state, data, model))
@@ -62,23 +66,21 @@ def bsuite(script: Any, args: Any, model: Any, shape: tuple[int, ...]) -> None:
     compile_seconds = time.perf_counter() - start
 
     state, _ = compiled(state, np.int32(BSUITE_UPDATES), data, labels)
-    script.evaluate(state, model, meta)
-    calls = max(1, BSUITE_UPDATES // args.updates_per_call)
+    script.evaluate(state, environments, model, meta)
     update_ms, label_ms, evaluation_s = [], [], []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        for _ in range(calls):
-            state, metrics = compiled(state, np.int32(args.updates_per_call), data, labels)
-            jax.tree.map(float, metrics)
-        update_ms.append((time.perf_counter() - start) / (calls * args.updates_per_call) * 1e3)
+        state, metrics = compiled(state, np.int32(BSUITE_UPDATES), data, labels)
+        jax.tree.map(float, metrics)
+        update_ms.append((time.perf_counter() - start) / BSUITE_UPDATES * 1e3)
         label_ms.append(timed(script.label_dataset, state, data, model) * 1e3 / args.target_update_interval)
-        evaluation_s.append(timed(script.evaluate, state, model, meta))
+        evaluation_s.append(timed(script.evaluate, state, environments, model, meta))
     total_ms = [update + label for update, label in zip(update_ms, label_ms, strict=True)]
     evaluation_ms = np.median(evaluation_s) * 1e3 / args.eval_interval
     share = 100 * evaluation_ms / (np.median(total_ms) + evaluation_ms)
     report(
         {
-            "steps of data": f"{len(rows)}",
+            "steps of data": f"{len(data.action)}",
             "compilation": f"{compile_seconds:.1f} s",
             "updates per second": spread([1e3 / ms for ms in total_ms], ""),
             "one update": spread(total_ms, "ms"),
@@ -100,10 +102,11 @@ def matrix_product_speed(dtype: str) -> float:
     return 2 * size**3 / min(timed(product, x) for _ in range(5)) * devices
 
 
-def atari(script: Any, args: Any, model: Any, memory_only: bool) -> None:
+def atari(script: Any, args: Any, memory_only: bool) -> None:
     """Single updates on batches of windows."""
+    data, rows, meta = script.load_dataset(args.data_dir or record_atari.record_if_missing(args.env_id), args)
+    model = script.Model(meta["num_actions"], args)
     state = script.init_state((84, 84, 4), model)
-    data, rows, _ = script.load_dataset(args)
     batches = script.batches(data, rows, state.key, 0, args)
     batch = next(batches)
     start = time.perf_counter()
@@ -155,15 +158,13 @@ def main(name: str, flags: list[str]) -> None:
     own = [flag for flag in flags if flag != "--memory"]
     try:
         args = script.parse_args(own)
-        script.use_devices(args)
-        environment = script.make_environments(args.env_id, [args.seed])
-        model = script.Model(int(environment.single_action_space.n), args)
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices or len(os.sched_getaffinity(0)))
         print(f"{name} {' '.join(own)}\nbatch {args.batch_size}, {args.compute_dtype}, {platform.machine()}, ", end="")
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
         if hasattr(script, "label_dataset"):
-            bsuite(script, args, model, environment.single_observation_space.shape)
+            bsuite(script, args)
         else:
-            atari(script, args, model, memory_only=own != flags)
+            atari(script, args, memory_only=own != flags)
     except script.InputError as error:
         raise InputError(str(error)) from None
 

@@ -17,8 +17,8 @@ import tyro
 
 import rosmo_bsuite as rosmo
 from benchmark.gymnasium_scores import find_dataset
-from benchmark.studies import ROOT, evaluations_of
-from data.dataset import InputError, run_program
+from benchmark.studies import ROOT, evaluations_of, load_run
+from data.dataset import InputError, open_dataset, run_program
 
 ENV_ID = "CartPole-v1"
 
@@ -32,11 +32,9 @@ class Args:
 
 def last_values(run_dir: Path, folder: Path) -> tuple[float, float]:
     """The mean value of the last observations of episodes that were cut off, and of those that ended in a terminal state."""
-    args, (data, meta) = rosmo.parse_args(["--resume", str(run_dir)]), rosmo.open_dataset(folder)
-    model, observation = rosmo.Model(meta["num_actions"], args), jnp.asarray(data.observation)[:, None]
-    state = rosmo.restore(rosmo.open_checkpoints(run_dir, read_only=True), rosmo.init_state(observation.shape[1:], model))
-    net = model.bind(state.params)
-    value = rosmo.to_scalar(net.prediction(net.representation(observation)).value_logits)
+    model, state, _ = load_run(rosmo, run_dir)
+    data, net = open_dataset(folder), model.bind(state.params)
+    value = rosmo.to_scalar(net.prediction(net.representation(jnp.asarray(data.observation))).value_logits)
     return float(value[data.is_last & ~data.is_terminal].mean()), float(value[data.is_terminal].mean())
 
 

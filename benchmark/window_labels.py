@@ -1,8 +1,6 @@
 """muzero_unplugged_bsuite.py with labels of every window: each of its steps has a search and Dirichlet noise of its own, as
 in the authors' code. Takes the script's flags; `bsuite_studies labels` compares the two."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 
@@ -28,5 +26,4 @@ def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, mode
 
 if __name__ == "__main__":
     script.label_dataset, script.update = label_nothing, update  # type: ignore[assignment]
-    script.__file__ = __file__  # its runs are resumed by this program
-    sys.exit(script.main(script.parse_args()))
+    script.main(script.parse_args())

@@ -2,14 +2,11 @@ import ctypes
 import gc
 import os
 import shutil
-import signal
 import sys
 import tempfile
 
 import psutil
 import pytest
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def pytest_configure(config):
@@ -29,15 +26,6 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if hasattr(config, "compilation_cache"):
         shutil.rmtree(config.compilation_cache, ignore_errors=True)
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Takes back the handlers that a script's main() sets in this process."""
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
 
 
 @pytest.fixture(autouse=True)

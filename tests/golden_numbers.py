@@ -18,10 +18,8 @@ BSUITE_LAYERS = {
 }
 
 
-def atari_layers(
-    representation_blocks: int, dynamics_blocks: int, prediction_blocks: int
-) -> dict[tuple[str, ...], list[str]]:
-    """Atari: the same, for networks with these numbers of residual blocks."""
+def atari_layers(config: dict[str, Any]) -> dict[tuple[str, ...], list[str]]:
+    """Atari: the same, for networks with the configuration's numbers of residual blocks."""
     layers: dict[tuple[str, ...], list[str]] = {}
 
     def res_block(ours: tuple[str, ...], theirs: str, projected: bool = False) -> None:
@@ -34,15 +32,15 @@ def atari_layers(
         return f"{prefix}/res_conv_block{f'_{i}' if i else ''}"
 
     layers["encoder", "layers_0"] = ["representation|representation/conv2_d"]
-    numbers = [1, 2, 3, 5, *range(7, 7 + representation_blocks)]  # of the encoder's layers; 4 and 6 are poolings
+    numbers = [1, 2, 3, 5, *range(7, 7 + config["blocks_representation"])]  # of the encoder's layers; 4 and 6 are poolings
     for i, number in enumerate(numbers):
         res_block(("encoder", f"layers_{number}"), block("representation|representation", i), projected=i == 1)
     layers[("with_action",)] = ["transition|transition/conv2_d"]
     layers[("state_norm",)] = ["transition|transition/layer_norm"]
-    for i in range(dynamics_blocks):
-        res_block(("transition", f"layers_{i}"), block("transition|transition", i))
-    for i in range(prediction_blocks):
-        res_block(("torso", f"layers_{i}"), block("prediction|prediction", i))
+    for i in range(config["blocks_transition"]):
+        res_block((f"transition_{i}",), block("transition|transition", i))
+    for i in range(config["blocks_prediction"]):
+        res_block((f"torso_{i}",), block("prediction|prediction", i))
     for i, head in enumerate(("reward", "value", "policy")):
         suffix = ["", "_1", "_2"][i]
         layers[head, "Conv_0"] = [f"prediction|prediction/conv2_d{suffix}"]
@@ -68,9 +66,15 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     names = {
         "batch_size", "unroll_steps", "num_bins", "value_coef", "policy_coef", "learning_rate", "warmup_steps",
         "learning_rate_decay", "weight_decay", "max_grad_norm", "target_update_interval",
+        "num_simulations" if config["mcts"] else "behavior_coef",
     }  # fmt: skip
-    others = {"bootstrap_steps": config["td_steps"], "discount": config["discount_factor"]}
-    return {name: config[name] for name in names} | others
+    theirs = {"bootstrap_steps": "td_steps", "discount": "discount_factor"}
+    if "channels" in config:
+        names.add("channels")
+        theirs |= {"representation_blocks": "blocks_representation", "dynamics_blocks": "blocks_transition"}
+        theirs |= {"prediction_blocks": "blocks_prediction", "head_channels": "reduced_channels_head"}
+    sizes = {"head_width": config["fc_layers_value"][0]} if "channels" in config else {}
+    return {name: config[name] for name in names} | {ours: config[name] for ours, name in theirs.items()} | sizes
 
 
 def relative(ours: Any, theirs: np.ndarray) -> float:
@@ -78,12 +82,10 @@ def relative(ours: Any, theirs: np.ndarray) -> float:
     return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
 
 
-def parameters(
-    arrays: dict[str, np.ndarray], which: str, layers: dict[tuple[str, ...], list[str]] = BSUITE_LAYERS
-) -> dict[str, Any]:
+def parameters(arrays: dict[str, np.ndarray], which: str, config: dict[str, Any]) -> dict[str, Any]:
     """params0, target0 or params6 as the variables of a Model."""
     tree: dict[str, Any] = {"params": {}}
-    for path, names in layers.items():
+    for path, names in (atari_layers(config) if "channels" in config else BSUITE_LAYERS).items():
         node = tree["params"]
         for part in path:
             node = node.setdefault(part, {})

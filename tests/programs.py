@@ -1,8 +1,6 @@
 """Running the scripts from tests, in this process or as programs of their own."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 import muzero_unplugged_atari
 import muzero_unplugged_bsuite
@@ -18,8 +17,7 @@ import rosmo_atari
 import rosmo_bsuite
 
 SCRIPTS = (rosmo_bsuite, muzero_unplugged_bsuite, rosmo_atari, muzero_unplugged_atari)
-COMMON = ["--cpu-devices", "2", "--eval-envs", "3"]
-SMALL = [*COMMON, "--batch-size", "16", "--eval-episodes", "4", "--log-interval", "10"]
+SMALL = ["--cpu-devices", "2", "--batch-size", "16", "--eval-episodes", "4", "--log-interval", "10"]
 
 # Atari: the smallest networks, for runs on a small dataset.
 TINY: dict[str, Any] = {
@@ -27,7 +25,7 @@ TINY: dict[str, Any] = {
     "prediction_blocks": 0, "head_channels": 4, "head_width": 8, "num_bins": 21, "unroll_steps": 2, "bootstrap_steps": 2,
 }  # fmt: skip
 TINY_FLAGS = [str(part) for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", value)]
-TINY_FLAGS += [*COMMON, "--eval-episodes", "3", "--log-interval", "5"]
+TINY_FLAGS += ["--cpu-devices", "2", "--eval-episodes", "3", "--log-interval", "5"]
 
 
 def is_atari(script: Any) -> bool:
@@ -40,9 +38,9 @@ def small_flags(script: Any) -> list[str]:
     return flags if "rosmo" in script.__name__ else [*flags, "--num-simulations", "3"]
 
 
-def run(script: Any, arguments: list[Any]) -> int:
+def run(script: Any, arguments: list[Any], stopped_by: Any = ()) -> None:
     """The script's main() in this process."""
-    return script.main(script.parse_args(list(map(str, arguments))))
+    script.main(script.parse_args(list(map(str, arguments))), stopped_by)
 
 
 def program(script: Any, *arguments: object, **options: Any) -> subprocess.Popen:
@@ -52,51 +50,39 @@ def program(script: Any, *arguments: object, **options: Any) -> subprocess.Popen
 
 
 def wait_for(condition: Any, process: subprocess.Popen, seconds: float = 200) -> None:
-    """Waits until condition() holds; the process must live till then."""
+    """Waits until condition() holds; the process must live till then, and ends with an assertion that fails."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(process.communicate())
         time.sleep(0.02)
 
 
 def metrics(run_dir: Path) -> list[dict]:
+    """Lines of metrics.jsonl, without the speed."""
     path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{name: value for name, value in line.items() if name != "train/updates_per_second"} for line in lines]
 
 
 def scores(lines: list[dict]) -> list[dict]:
+    """Lines with an evaluation, and of them its part."""
+    lines = [{name: value for name, value in line.items() if not name.startswith("train/")} for line in lines]
     return [line for line in lines if "eval/return_mean" in line]
 
 
-def training(lines: list[dict]) -> list[dict]:
-    """Lines of training, without their speed."""
-    lines = [line for line in lines if "train/total_loss" in line]
-    return [{name: value for name, value in line.items() if name != "train/updates_per_second"} for line in lines]
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit())
 
 
 def last_state(script: Any, run_dir: Path) -> Any:
     """The last checkpoint of a run on catch or Breakout."""
-    args = script.parse_args(["--resume", str(run_dir)])
-    shape, num_actions = ((84, 84, 4), 4) if is_atari(script) else ((10, 5), 3)
-    state = script.init_state(shape, script.Model(num_actions, args))
-    return script.restore(script.open_checkpoints(run_dir, read_only=True), state)
-
-
-def rewound(run_dir: Path, copy: Path, step: int) -> Path:
-    """A copy of a run as it was, had it been killed after its checkpoint of `step`."""
-    shutil.copytree(run_dir, copy)
-    for checkpoint in (copy / "checkpoints").glob("[0-9]*"):
-        if int(checkpoint.name) > step:
-            shutil.rmtree(checkpoint)
-    assert (copy / "checkpoints" / str(step)).exists()
-    return copy
+    shape, num_actions = ((84, 84, 4), 4) if is_atari(script) else ((50,), 3)
+    state = script.init_state(shape, script.Model(num_actions, script.parse_args(["--resume", str(run_dir)])))
+    checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute())
+    return checkpoints.restore(checkpoint_steps(run_dir)[-1], args=ocp.args.StandardRestore(state))
 
 
 def assert_same_state(first: Any, second: Any) -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
-
-
-def alone() -> dict[str, str]:
-    """An environment in which nothing of this repository can be imported."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import types
 
 import jax
@@ -15,19 +16,30 @@ import pytest
 import rosmo_atari
 import rosmo_bsuite
 from data.dataset import InputError, open_dataset, write_dataset
-from tests.programs import TINY
+from tests.programs import TINY, is_atari, run
 
 ATARI = rosmo_atari.Args(**TINY)
+both = pytest.mark.parametrize("script", [rosmo_bsuite, rosmo_atari], ids=lambda script: script.__name__)
 
 
-def write(path, lengths=(4, 7, 5), env_id="catch", **meta):
+def write(path, script=rosmo_bsuite, lengths=(4, 7, 5), **meta):
     """Every observation holds its place in the dataset."""
-    with write_dataset(path, benchmark="bsuite", env_id=env_id, num_actions=3, **meta) as writer:
+    shape, dtype = ((84, 84), np.uint8) if is_atari(script) else ((10, 5), np.float32)
+    benchmark, env_id = ("atari", "Breakout") if is_atari(script) else ("bsuite", "catch")
+    with write_dataset(path, benchmark=benchmark, env_id=env_id, num_actions=3, **meta) as writer:
         for i, length in enumerate(lengths):
             start = sum(lengths[:i]) + i
-            observation = np.full((length + 1, 10, 5), np.arange(start, start + length + 1)[:, None, None], np.float32)
+            place = np.arange(start, start + length + 1).astype(dtype)
+            observation = place[:, None, None] * np.ones(shape, dtype)
             writer.add_episode(observation, np.arange(length) % 3, np.full(length, i), terminal=i % 2 == 0)
     return path
+
+
+def load(script, folder, **settings):
+    """The steps that are kept, their rows, and meta.json."""
+    settings = {"unroll_steps": 2, "bootstrap_steps": 2} | settings
+    loaded = script.load_dataset(folder, script.Args(**settings))
+    return loaded if is_atari(script) else (loaded[0], loaded[0].observation[:, 0].astype(int), loaded[1])
 
 
 def change(field, index, value, dtype=None):
@@ -47,103 +59,94 @@ def edit_meta(**entries):
     return damage
 
 
+@both
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (shutil.rmtree, "catch/meta.json is missing"),
-        (lambda folder: (folder / "meta.json").write_text('{"steps"'), "meta.json is missing, damaged"),
-        (lambda folder: (folder / "meta.json").write_text("[]"), "meta.json is missing, damaged"),
-        (edit_meta(format_version=9), "its format version is not 1"),
-        (edit_meta(steps=20), "meta.json says 20 steps"),
-        (edit_meta(episodes=4), "does not mark 4 episodes"),
-        (lambda folder: (folder / "reward.npy").unlink(), "reward.npy is missing"),
-        *((lambda folder, f=f: os.truncate(folder / f"{f}.npy", 100), f"{f}.npy is") for f in rosmo_bsuite.Steps._fields),
-        (change("action", 0, 0, np.int64), "action.npy .*it holds int64"),
-        (change("is_last", 0, 0, np.uint8), "is_last.npy .*it holds uint8"),
-        (change("observation", 0, 0, np.float64), "observation.npy .*it holds float64"),
-        (lambda folder: np.save(folder / "action.npy", np.zeros((19, 1), np.int32)), r"action.npy .*int32 \(19, 1\)"),
-        (lambda folder: np.save(folder / "observation.npy", np.zeros(19, np.float32)), "observation.npy .*float32"),
-        (lambda folder: np.save(folder / "observation.npy", np.float32(3)), "observation.npy is"),
-        (change("is_first", 3, True), "do not mark whole episodes"),
-        (change("is_first", 0, False), "do not mark whole episodes"),
-        (change("is_last", 18, False), "do not mark whole episodes"),
-        (change("is_terminal", 3, True), "not an episode's last"),
-        (change("action", 0, 3), "an action is outside 0 to 2"),
-        (change("action", 0, -1), "an action is outside 0 to 2"),
-        (change("action", 4, 1), "an episode's last step has an action or a reward"),
-        (change("reward", 4, 1), "an episode's last step has an action or a reward"),
-        (change("reward", 0, np.nan), "not finite"),
-        (change("observation", (0, 0, 0), np.inf), "not finite"),
+        (shutil.rmtree, "missing or damaged .*meta.json"),
+        (lambda folder: (folder / "meta.json").write_text('{"steps"'), "missing or damaged"),
+        (lambda folder: (folder / "meta.json").write_text("[]"), "missing or damaged"),
+        (edit_meta(steps=20), "do not hold 20"),
+        (lambda folder: (folder / "reward.npy").unlink(), "missing or damaged .*reward.npy"),
+        *((lambda folder, f=f: os.truncate(folder / f"{f}.npy", 100), "missing or") for f in rosmo_bsuite.Steps._fields),
+        (change("action", 0, 0, np.float32), "integers"),
+        (change("is_last", 0, 0, np.uint8), "flags"),
+        (lambda folder: np.save(folder / "observation.npy", np.zeros((19, 84, 84), np.int32)), "floats|bytes"),
+        (lambda folder: np.save(folder / "action.npy", np.zeros(18, np.int32)), "do not hold 19"),
+        (change("is_first", 3, True), "does not mark whole episodes"),
+        (change("is_first", 0, False), "does not mark whole episodes"),
+        (change("is_last", 18, False), "does not mark whole episodes"),
+        (change("is_terminal", 3, True), "does not mark whole episodes"),
+        (change("action", 0, 3), "actions outside 0 to 2"),
+        (change("action", 0, -1), "actions outside 0 to 2"),
+        (change("reward", 4, 1), "a reward at an episode's last step"),
+        (change("reward", 0, np.nan), "not finite .reward.npy"),
     ],
 )
-def test_damage_is_named(tmp_path, damage, sentence):
+def test_damage_is_named(script, tmp_path, damage, sentence):
     """By the scripts, and by data.dataset too."""
-    folder = write(tmp_path / "catch")
-    rosmo_bsuite.open_dataset(folder)
+    folder = write(tmp_path / "data", script)
+    assert load(script, folder)[1].tolist() == list(range(19))
     damage(folder)
-    with pytest.raises(rosmo_bsuite.InputError, match=sentence):
-        rosmo_bsuite.open_dataset(folder)
-    with pytest.raises(InputError, match=sentence) as error:
+    with pytest.raises(script.InputError, match=f"the dataset {folder} .*{sentence}"):
+        load(script, folder)
+    with pytest.raises(InputError, match=str(folder)) as error:
         open_dataset(folder)
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
-
-
-def environment(shape, num_actions):
-    spaces = types.SimpleNamespace(shape=shape), types.SimpleNamespace(n=num_actions)
-    return types.SimpleNamespace(single_observation_space=spaces[0], single_action_space=spaces[1])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "shape", "num_actions", "sentence"),
+    ("script", "damage", "settings", "sentence"),
     [
-        ({"env_id": "cartpole"}, (10, 5), 3, r"\('catch', 3, \(10, 5\), 'float32'\), not .*\('cartpole', 3"),
-        ({}, (10, 5), 4, r"\('catch', 3, \(10, 5\), 'float32'\), not .*\('catch', 4"),
-        ({}, (1, 6), 3, r"not .*\('catch', 3, \(1, 6\)"),
-        ({"noise": 0.2}, (10, 5), 3, "has noise 0.1, not 0.2: name it by --noise"),
-        ({"unroll_steps": 5}, (10, 5), 3, "windows of 9 steps are longer than every episode of the data .at most 8"),
+        (rosmo_bsuite, change("observation", (0, 0, 0), np.inf), {}, r"not finite \(observation.npy"),
+        (rosmo_bsuite, edit_meta(), {"env_id": "cartpole", "noise": 0.1}, r"of \('catch', 0.1\), not of \('cartpole', 0.1"),
+        (rosmo_bsuite, edit_meta(), {"noise": 0.2}, r"of \('catch', 0.1\), not of \('catch', 0.2\) \(--env-id, --noise"),
+        (rosmo_bsuite, edit_meta(), {"unroll_steps": 6, "noise": 0.1}, "no episode of 9 steps"),
+        (rosmo_atari, lambda x: np.save(x / "observation.npy", np.zeros((19, 84, 84, 4), np.uint8)), {}, "not 84 x 84"),
+        (rosmo_atari, edit_meta(env_id="Pong"), {}, "is of Pong, not of Breakout"),
+        (rosmo_atari, edit_meta(), {"unroll_steps": 6}, "no episode of 9 steps"),
     ],
 )
-def test_datasets_that_do_not_fit(tmp_path, settings, shape, num_actions, sentence):
-    fitting = {"noise": 0.1, "batch_size": 14, "data_dir": write(tmp_path / "catch", noise=0.1)}
-    # A batch may be larger than the 13 windows: they are drawn with replacement.
-    data, rows, meta = rosmo_bsuite.load_dataset(rosmo_bsuite.Args(**fitting), environment((10, 5), 3))
-    assert np.array_equal(rows, np.arange(19)) and meta["noise"] == 0.1 and isinstance(data.observation, np.memmap)
-    with pytest.raises(rosmo_bsuite.InputError, match=sentence):
-        rosmo_bsuite.load_dataset(rosmo_bsuite.Args(**fitting | settings), environment(shape, num_actions))
+def test_datasets_that_do_not_fit(tmp_path, script, damage, settings, sentence):
+    folder, fitting = write(tmp_path / "data", script, noise=0.1), {} if is_atari(script) else {"noise": 0.1}
+    assert len(load(script, folder, **fitting, unroll_steps=5)[1]) == 19  # a window of 8 is the longest episode
+    damage(folder)
+    with pytest.raises(script.InputError, match=sentence):
+        load(script, folder, **fitting | settings)
 
 
-def test_without_an_environment_the_dataset_tells_the_shapes(tmp_path):
-    """A vector becomes a matrix of one row; other shapes are refused."""
-    folder = write(tmp_path / "plant")
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | {"env_id": "plant"}))
-    args = rosmo_bsuite.Args(env_id="plant", batch_size=2, data_dir=folder, eval_episodes=0)
+def test_actions_and_shapes_are_the_environments(tmp_path):
+    """Compared before anything is made."""
+    for script, num_actions, shape in ((rosmo_bsuite, 4, (10, 5)), (rosmo_bsuite, 3, (5, 10)), (rosmo_atari, 3, (84, 84))):
+        folder = write(tmp_path / f"{script.__name__}_{num_actions}", script)
+        edit_meta(num_actions=num_actions)(folder)
+        if script is rosmo_bsuite:
+            np.save(folder / "observation.npy", np.zeros((19, *shape), np.float32))
+        small = TINY if is_atari(script) else {"unroll_steps": 2, "bootstrap_steps": 2, "batch_size": 2}
+        with pytest.raises(script.InputError, match=r"has .*actions.*, the dataset .*"):
+            script.main(script.Args(**small, total_steps=1, data_dir=folder, run_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_vectors_and_matrices_become_vectors(tmp_path):
+    folder = write(tmp_path / "data")
     vectors = np.random.default_rng(0).normal(size=(19, 7)).astype(np.float32)
-    np.save(folder / "observation.npy", vectors)
-    data, _, meta = rosmo_bsuite.load_dataset(args)
-    assert np.array_equal(data.observation, vectors[:, None]) and meta["num_actions"] == 3
-    np.save(folder / "observation.npy", np.zeros((19, 2, 3, 4), np.float32))
-    with pytest.raises(rosmo_bsuite.InputError, match=r"not \(environment, actions, rows and columns, type"):
-        rosmo_bsuite.load_dataset(args)
+    for shape in ((7,), (7, 1), (1, 7, 1)):
+        np.save(folder / "observation.npy", vectors.reshape(19, *shape))
+        data, _, meta = load(rosmo_bsuite, folder)
+        assert np.array_equal(data.observation, vectors) and tuple(meta["observation_shape"]) == shape
 
 
-def test_atari_wants_frames_of_bytes(tmp_path):
-    """Stacks and float32 are refused."""
-    folder = write(tmp_path / "float")
-    for shape, dtype in (((84, 84), np.float32), ((84, 84, 4), np.uint8)):
-        np.save(folder / "observation.npy", np.zeros((19, *shape), dtype))
-        with pytest.raises(rosmo_atari.InputError, match="the dataset has"):
-            rosmo_atari.load_dataset(rosmo_atari.Args(**TINY, env_id="catch", data_dir=folder))
-
-
-def test_a_fraction_is_evenly_spaced_and_chosen_by_seed(tmp_path):
-    folder = write(tmp_path / "catch", lengths=[7] * 100)
+@both
+def test_a_fraction_is_evenly_spaced_and_chosen_by_seed(script, tmp_path):
+    folder = write(tmp_path / "data", script, lengths=[7] * 100)
+    if script is rosmo_bsuite:
+        np.save(folder / "observation.npy", np.arange(800, dtype=np.float32)[:, None])
 
     def kept(fraction, seed):
-        args = rosmo_bsuite.Args(data_dir=folder, batch_size=1, data_fraction=fraction, seed=seed)
-        data, rows, _ = rosmo_bsuite.load_dataset(args)
-        assert (np.diff(rows.reshape(-1, 8)) == 1).all()
-        assert data.is_first[rows[::8]].all() and data.is_last[rows[7::8]].all()
+        data, rows, _ = load(script, folder, data_fraction=fraction, seed=seed)
+        assert (np.diff(rows.reshape(-1, 8)) == 1).all() and (rows[::8] % 8 == 0).all()
+        assert is_atari(script) or (data.is_first[::8].all() and len(data.action) == len(rows))
         return rows[::8] // 8  # the episodes' numbers
 
     first, second = kept(0.1, 0), kept(0.1, 1)
@@ -153,21 +156,29 @@ def test_a_fraction_is_evenly_spaced_and_chosen_by_seed(tmp_path):
     assert [len(kept(fraction, 0)) for fraction in (0.001, 0.144, 0.29, 0.7, 1.0)] == [1, 14, 29, 70, 100]
 
 
-def test_the_default_dataset(tmp_path, monkeypatch):
-    """What is there is taken; what is missing is recorded; where there is no recorder, one sentence says what to do."""
+def test_the_default_dataset(tmp_path, monkeypatch, catch_dataset):
+    """What is there is taken; what is missing is recorded; what is named is not."""
     monkeypatch.chdir(tmp_path)
-    args = rosmo_bsuite.Args(env_id="catch", noise=0.1)
-    recorded = []
-    recorder = type(sys)("data.record_bsuite")
-    recorder.record_if_missing = lambda *arguments: recorded.append(arguments)
+    recorded, small = [], {"total_steps": 1, "eval_episodes": 0, "batch_size": 2}
+
+    def record_if_missing(env_id, noise):
+        recorded.append((env_id, noise))
+        shutil.copytree(catch_dataset, tmp_path / "datasets/bsuite/catch_noise_0.1")
+        edit_meta(noise=0.1)(tmp_path / "datasets/bsuite/catch_noise_0.1")
+
+    recorder = types.SimpleNamespace(record_if_missing=record_if_missing)
     monkeypatch.setitem(sys.modules, "data.record_bsuite", recorder)
-    assert str(rosmo_bsuite.find_dataset(args)) == "datasets/bsuite/catch_noise_0.1" and recorded == [("catch", 0.1)]
-    assert str(rosmo_bsuite.find_dataset(dataclasses.replace(args, data_dir=tmp_path / "x"))) == str(tmp_path / "x")
-    (tmp_path / "datasets" / "bsuite" / "catch").mkdir(parents=True)
-    assert str(rosmo_bsuite.find_dataset(rosmo_bsuite.Args())) == "datasets/bsuite/catch" and len(recorded) == 1
-    monkeypatch.setitem(sys.modules, "data.record_bsuite", None)
-    with pytest.raises(rosmo_bsuite.InputError, match=r"no dataset datasets/bsuite/catch_noise_0\.1: name .* --data-dir"):
-        rosmo_bsuite.find_dataset(args)
+    for name in ("first", "second"):
+        rosmo_bsuite.main(rosmo_bsuite.Args(**small, noise=0.1, run_dir=name))
+    assert recorded == [("catch", 0.1)]
+    for settings in ({"data_dir": "nowhere"}, {"env_id": "plant"}):
+        with pytest.raises(rosmo_bsuite.InputError, match="is missing or damaged"):
+            rosmo_bsuite.main(rosmo_bsuite.Args(**small | settings))
+    atari = types.SimpleNamespace(record_if_missing=lambda env_id: recorded.append(env_id))
+    monkeypatch.setitem(sys.modules, "data.record_atari", atari)
+    with pytest.raises(rosmo_atari.InputError, match="datasets/atari/Pong is missing or damaged"):
+        run(rosmo_atari, ["--env-id", "Pong"])
+    assert recorded == [("catch", 0.1), "Pong"]
 
 
 # ------------------------------------------------------------------------------------------------------------- Windows
@@ -209,14 +220,15 @@ def test_stacks_at_episode_starts():
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_batches_from_host_and_device_are_equal(breakout_dataset, fraction):
     """They are the rows that sample_windows names of the episodes that are kept, in the order of the updates."""
-    args = dataclasses.replace(ATARI, data_dir=breakout_dataset, data_fraction=fraction)
-    data, rows, _ = rosmo_atari.load_dataset(args)
+    args = dataclasses.replace(ATARI, data_fraction=fraction)
+    data, rows, _ = rosmo_atari.load_dataset(breakout_dataset, args)
+    assert isinstance(data.observation, np.memmap)  # frames stay on the disk
     key = jax.random.PRNGKey(3)
     host, device = (
         rosmo_atari.batches(data, rows, key, 7, dataclasses.replace(args, data_place=place)) for place in ("host", "device")
     )
     windows_key = jax.random.split(key, 3)[0]
-    for t in (7, 8, 9):
+    for t in range(7, 14):
         first, second = next(host), next(device)
         assert first.observation.shape == (4, 8, 84, 84) and first.observation.dtype == np.uint8
         index = rows[np.asarray(rosmo_atari.sample_windows(jax.random.fold_in(windows_key, t), len(rows), args))]
@@ -225,19 +237,48 @@ def test_batches_from_host_and_device_are_equal(breakout_dataset, fraction):
             assert ours.sharding == rosmo_atari.sharding("batch")
 
 
-@pytest.mark.timeout(60)
-def test_reading_ahead():
-    """In order, no more than `ahead` calls before their use, and an error comes out where its batch is used."""
-    read = []
+class Counted(np.ndarray):
+    """An array that counts how often it is read, and fails at the tenth time if it is to."""
 
-    def slow(t):
-        read.append(t)
-        if t == 12:
+    reads: list[tuple]
+    limit = 10**6
+
+    def __getitem__(self, index):
+        self.reads.append(np.shape(index))
+        if len(self.reads) > self.limit:
             raise OSError("the disk has gone")
-        return t
+        return np.asarray(self)[index]
 
-    items = rosmo_atari.read_ahead(slow, 7, ahead=3)
-    for t in range(7, 12):
-        assert next(items) == t and len(read) <= t - 7 + 4
+
+def counted(path):
+    data, rows, _ = rosmo_atari.load_dataset(write(path, rosmo_atari), ATARI)
+    reward = data.reward.view(Counted)
+    reward.reads = []
+    return data._replace(reward=reward), rows
+
+
+@pytest.mark.timeout(60)
+def test_reading_ahead(tmp_path):
+    """No more than four batches before their use; an error comes out where its batch is used."""
+    data, rows = counted(tmp_path / "data")
+    devices, reads = jax.device_count(), data.reward.reads
+    data.reward.limit = 9 * devices
+    windows = rosmo_atari.batches(data, rows, jax.random.PRNGKey(0), 0, dataclasses.replace(ATARI, data_place="host"))
+    for used in range(1, 10):
+        assert next(windows).reward.shape == (4, 8)
+        time.sleep(0.1)  # for what may be read by now
+        assert used * devices <= len(reads) <= (used + 4) * devices
     with pytest.raises(OSError, match="the disk has gone"):
-        next(items)
+        next(windows)
+
+
+@pytest.mark.parametrize(("room", "reads"), [(0, False), (1.9, False), (2.1, True)])
+def test_frames_go_to_the_device_if_they_fit_twice(tmp_path, monkeypatch, room, reads):
+    """A CPU says nothing of its memory. What went to the device is read once, whole."""
+    data, rows = counted(tmp_path / "data")
+    used, needed = 10**6, data.observation.nbytes
+    stats = {"bytes_limit": used + int(room * needed), "bytes_in_use": used} if room else None
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    next(rosmo_atari.batches(data, rows, jax.random.PRNGKey(0), 0, ATARI))
+    assert all((shape == (19,)) == reads for shape in data.reward.reads)

@@ -1,6 +1,7 @@
 """Each script copied alone into an empty folder; and the list of packages at its top."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -12,8 +13,8 @@ import pytest
 
 from tests.programs import (
     SCRIPTS,
-    alone,
     assert_same_state,
+    checkpoint_steps,
     is_atari,
     last_state,
     metrics,
@@ -21,58 +22,52 @@ from tests.programs import (
     run,
     scores,
     small_flags,
-    training,
     wait_for,
-)  # fmt: skip
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = {
-    "flax": "flax",
-    "orbax": "orbax-checkpoint",
-    "cv2": "opencv-python-headless",
-}  # of packages that are not the module's
+NAMES = {"orbax": "orbax-checkpoint", "cv2": "opencv-python-headless"}  # packages whose names are not their modules'
+ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_a_copy_alone(script, request, tmp_path):
-    """Trains, evaluates, is killed, resumes and scores, with the numbers of a run in the repository."""
-    shutil.copytree(
-        request.getfixturevalue("breakout_dataset" if is_atari(script) else "catch_dataset"), tmp_path / "dataset"
+@each
+def test_a_copy_is_killed_and_goes_on(script, request, tmp_path):
+    """Alone, under another name, it trains and evaluates; kill -9 at any moment costs what came after the checkpoint."""
+    every, dataset = (5, "breakout_dataset") if is_atari(script) else (10, "catch_dataset")
+    shutil.copytree(request.getfixturevalue(dataset), tmp_path / "dataset")
+    copy = shutil.copy(script.__file__, tmp_path / "mine.py")
+    flags = [*small_flags(script), "--eval-episodes", 1, "--total-steps", 10**6, "--eval-interval", 2 * every]
+    process = program(
+        copy, "--data-dir", "dataset", *flags, "--checkpoint-interval", every, "--run-dir", "run", cwd=tmp_path, env=ALONE
     )
-    copy = Path(shutil.copy(script.__file__, tmp_path))
-    total, every = (12, 5) if is_atari(script) else (240, 60)
-    flags = ["--data-dir", "dataset", *small_flags(script), "--eval-episodes", 1]
-    flags += ["--total-steps", total, "--eval-interval", every, "--run-dir", "run"]
-    process = program(copy, *flags, cwd=tmp_path, env=alone())
-    wait_for(lambda: scores(metrics(tmp_path / "run")), process)
+    run_dir, whole = tmp_path / "run", tmp_path / "whole"
+    wait_for(lambda: scores(metrics(run_dir)) and checkpoint_steps(run_dir), process)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
     process.kill()
     process.communicate()
-    process = program(copy, "--resume", "run", cwd=tmp_path, env=alone())
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0 and f"{total} updates: return_mean" in out, err
-    flags[1] = tmp_path / "dataset"
-    assert run(script, [*flags, "--run-dir", tmp_path / "whole"]) == 0
-    lines, expected = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
-    assert training(lines) == training(expected) and scores(lines) == scores(expected)
-    assert_same_state(last_state(script, tmp_path / "run"), last_state(script, tmp_path / "whole"))
+    step = checkpoint_steps(run_dir)[-1]
+    assert step % every == 0
+    run(script, ["--resume", run_dir, "--total-steps", step + every])
+    run(script, ["--data-dir", tmp_path / "dataset", *flags, "--total-steps", step + every, "--run-dir", whole])
+    assert_same_state(last_state(script, run_dir), last_state(script, whole))
+    assert metrics(run_dir) == metrics(whole)
 
 
 def test_a_copy_without_a_dataset(tmp_path):
-    copy = Path(shutil.copy(SCRIPTS[0].__file__, tmp_path))
-    process = program(copy, cwd=tmp_path, env=alone())
+    copy = shutil.copy(SCRIPTS[0].__file__, tmp_path)
+    process = program(copy, cwd=tmp_path, env=ALONE)
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 2 and out == ""
-    assert err == "error: there is no dataset datasets/bsuite/catch: name the folder of one by --data-dir\n"
+    assert process.returncode == 2 and out == "" and err.count("\n") == 1
+    assert re.match(r"error: the dataset datasets/bsuite/catch is missing or damaged .*: name another by --data-dir", err)
+    assert [path.name for path in tmp_path.iterdir()] == ["rosmo_bsuite.py"]
 
 
-def test_working_folder(tmp_path, catch_dataset):
-    """Called from anywhere, a script of the repository finds and makes datasets/ and runs/ where it is called."""
-    shutil.copytree(catch_dataset, tmp_path / "datasets" / "bsuite" / "catch")
-    process = program(SCRIPTS[0], *small_flags(SCRIPTS[0]), "--total-steps", 10, cwd=tmp_path)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    (run_dir,) = (tmp_path / "runs").iterdir()
-    assert run_dir.name.startswith("catch__rosmo_bsuite__0__")
+def test_importing_does_nothing():
+    names = ", ".join(script.__name__ for script in SCRIPTS)
+    check = f"import sys, jax, {names}; assert not jax._src.xla_bridge._backends; assert 'data' not in sys.modules; print(1)"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT).stdout == "1\n"
 
 
 def requirements(script):
@@ -81,32 +76,20 @@ def requirements(script):
     return tomllib.loads("".join(line.removeprefix("# ").removeprefix("#") for line in match["content"].splitlines(True)))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_packages_of_a_script(script):
-    """The block at its top names the packages that it imports, as pyproject.toml does, and Python's version."""
+@each
+def test_what_a_script_imports(script):
+    """The block at its top names the packages, as pyproject.toml does. Of this repository it imports a recorder, if that."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    block = requirements(script)
+    source, block = Path(script.__file__).read_text(), requirements(script)
     assert block["requires-python"] == project["requires-python"]
     assert set(block["dependencies"]) <= set(project["dependencies"])
-    tree = ast.parse(Path(script.__file__).read_text())
-    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    packages = {module.split(".")[0] for module in modules} - sys.stdlib_module_names
+    nodes, late = list(ast.walk(ast.parse(source))), set(re.findall(r'import_module\(f?"(\w+)', source))
+    modules = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
     named = {re.split("[<>=]", requirement)[0] for requirement in block["dependencies"]}
-    assert named == {NAMES.get(package, package) for package in packages - {"data"}}
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_a_script_imports_nothing_of_the_repository(script):
-    """But for the recorder, in the function that finds a dataset missing."""
+    assert named == {NAMES.get(module, module) for module in (modules | late) - sys.stdlib_module_names - {"data"}}
     own = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    found = []
-    for function in ast.parse(Path(script.__file__).read_text()).body:
-        for node in ast.walk(function):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
-            found += [(getattr(function, "name", ""), name) for name in names if name.split(".")[0] in own]
-    assert found == [("find_dataset", "data.record_atari" if is_atari(script) else "data.record_bsuite")]
+    assert not own & modules and own & late == {"data"}
 
 
 def test_nothing_of_data_imports_a_script():
