@@ -37,6 +37,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
@@ -344,6 +345,12 @@ def sharding(*axes: str) -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), jax.P(*axes))
 
 
+def per_device(*arguments: jax.P, result: jax.P) -> Any:
+    """A function that runs on each device: P("batch") gives it a share of the leading axis, P() the whole."""
+    split = {"mesh": sharding().mesh, "in_specs": arguments, "out_specs": result}
+    return functools.partial(jax.shard_map, **split, check_vma=False)
+
+
 def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
     """Indices [B, T] of windows of consecutive steps, drawn with replacement; they may run over an episode's end."""
     window = args.unroll_steps + args.bootstrap_steps + 1
@@ -352,9 +359,15 @@ def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
 
 
 def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
-    """One update on one batch of windows [B, T] with their labels [B, T]. The batch is shared out over the devices."""
-    targets = make_targets(key, batch, labels, model.args)
-    gradient, metrics = jax.grad(loss, has_aux=True)(state.params, batch, targets, model)
+    """One update on one batch of windows [B, T] with their labels [B, T]."""
+
+    @per_device(jax.P(), jax.P("batch"), jax.P("batch"), result=jax.P())
+    def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict]:
+        """Each device takes its share of the batch. One array is exchanged: on CPUs that is faster than many."""
+        flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
+        return unravel(jax.lax.pmean(flat, "batch"))
+
+    gradient, metrics = mean_gradient(state.params, batch, make_targets(key, batch, labels, model.args))
     updates, optimizer_state = make_optimizer(model.args).update(gradient, state.optimizer_state, state.params)
     params, step = optax.apply_updates(state.params, updates), state.step + 1
     target_params = optax.periodic_update(params, state.target_params, step, model.args.target_update_interval)
@@ -375,12 +388,17 @@ def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
     windows = jax.vmap(lambda t: sample_windows(jax.random.fold_in(windows_key, t), length, model.args))(updates)
     is_read = jnp.zeros(length, bool).at[windows].set(True)
     chunks = jnp.nonzero(is_read, size=-(-length // size) * size, fill_value=length)[0].reshape(-1, size)
+    key = jax.random.fold_in(labels_key, updates[0])
+
+    @per_device(jax.P(), jax.P(), jax.P(), jax.P("batch"), result=jax.P("batch"))
+    def label(target_params: Any, key: jax.Array, i: jax.Array, steps: Steps) -> Labels:
+        """Each device labels its share of a chunk."""
+        return make_labels(target_params, jax.random.fold_in(key, i + jax.lax.axis_index("batch")), steps, model)
 
     def label_chunk(i: jax.Array, labels: Labels) -> Labels:
-        chunk = jax.lax.with_sharding_constraint(chunks[i], sharding("batch"))
-        key = jax.random.fold_in(jax.random.fold_in(labels_key, updates[0]), i)
-        new = make_labels(state.target_params, key, jax.tree.map(lambda x: x[chunk], data), model)
-        return jax.tree.map(lambda x, y: x.at[chunk].set(y, mode="drop"), labels, new)
+        steps = jax.tree.map(lambda x: x[chunks[i]], data)
+        new = label(state.target_params, key, i * jax.device_count(), steps)
+        return jax.tree.map(lambda x, y: x.at[chunks[i]].set(y, mode="drop"), labels, new)
 
     zeros = Labels(jnp.zeros(length), jnp.zeros((length, model.num_actions)), jnp.zeros(length))
     return jax.lax.fori_loop(0, -(-is_read.sum() // size), label_chunk, zeros)
