@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "jax>=0.7", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.20", "numpy>=2.0", "tyro>=0.9.30",
+#     "jax>=0.7.1", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.20", "numpy>=2.0", "tyro>=0.9.30",
 #     "pydantic>=2.8", "tqdm>=4.66", "wandb>=0.19", "mctx>=0.0.5", "envpool>=1.2.5", "opencv-python-headless>=4.10",
 # ]
 # ///
@@ -10,10 +10,8 @@
 Schrittwieser et al.: "Online and Offline Reinforcement Learning by Planning with a Learned Model", NeurIPS 2021
 (arXiv 2104.06294), with the model, the losses and the settings of ROSMO (arXiv 2210.05980).
 
-    python muzero_unplugged_atari.py --env-id Breakout               # the paper's settings, 200,000 updates: for GPUs
-    python muzero_unplugged_atari.py --env-id Breakout --cpu-size    # a network and a batch that suit a CPU
-    python muzero_unplugged_atari.py --resume RUN_DIR                # go on where a run was stopped
-    python muzero_unplugged_atari.py --resume RUN_DIR --eval-only    # score its last checkpoint
+    python muzero_unplugged_atari.py --env-id Breakout   # the paper's settings, for GPUs; --cpu-size suits a CPU
+    python muzero_unplugged_atari.py --resume RUN_DIR    # goes on with a stopped run; --eval-only scores its last checkpoint
 
 In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), N the steps of the dataset,
 S the shape of a latent state (6 x 6 x channels), A the number of actions; h, g and f are representation, dynamics and
@@ -45,8 +43,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
+from jax import P
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
@@ -251,12 +250,6 @@ def to_scalar(logits: jax.Array) -> jax.Array:
 # --------------------------------------------------------------------------------------------------- Policy improvement
 
 
-class Search(NamedTuple):
-    action: jax.Array  # [B] int32, to act by
-    policy: jax.Array  # [B, A], improved
-    value: jax.Array  # [B], of the root after the search
-
-
 def expand(params: Any, key: jax.Array, action: jax.Array, state: jax.Array, model: Model) -> tuple[Any, jax.Array]:
     """One step of the model from states [B, S] with actions [B], as mctx wants it, and the next states [B, S]."""
     net = model.bind(params)
@@ -298,8 +291,9 @@ def puct(nodes: Nodes, visits: jax.Array, returns: jax.Array, order: jax.Array) 
     return jnp.where(is_best, order, -1).max(axis=1) % visits.shape[1]
 
 
-def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, model: Model) -> Search:
-    """Monte Carlo tree search in the model from states [B, S] with their prediction (Schrittwieser et al. 2020, appendix B).
+def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, model: Model) -> tuple[jax.Array, ...]:
+    """Monte Carlo tree search (Schrittwieser et al. 2020, appendix B) in the model from states [B, S] with their prediction.
+    Returns the actions [B] to act by, the improved policy [B, A] and the root's value [B].
 
     No tree is walked: each simulation looks at all nodes at once. A node's path is a set of bits: the nodes above it, and
     its own. A node is off where the best action of its parent does not lead to it. The simulation's path is all nodes that
@@ -313,7 +307,7 @@ def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction
         start = mctx.RootFnOutput(prior_logits=prediction.policy_logits, value=value, embedding=state)
         step, depth = functools.partial(expand, model=model), args.search_depth or args.num_simulations
         result = mctx.gumbel_muzero_policy(params, key, start, step, args.num_simulations, max_depth=depth)
-        return Search(result.action, result.action_weights, result.search_tree.summary().value)
+        return result.action, result.action_weights, result.search_tree.summary().value
     batch, num_actions = prediction.policy_logits.shape
     index, actions, trees = np.arange(args.num_simulations + 1)[:, None], np.arange(num_actions)[:, None], np.arange(batch)
     bits = jnp.where(index // 24 == index[::24].T // 24, 1 << index % 24, 0)[..., None]  # [M, M / 24, 1]
@@ -352,9 +346,9 @@ def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction
     if args.policy_target == "mzu_q":
         q = jnp.where(visits > 0, returns / jnp.maximum(visits, 1), value[:, None])
         logits = prediction.policy_logits + q / args.tau
-        return Search(jax.random.categorical(action_key, logits), jax.nn.softmax(logits), value)
+        return jax.random.categorical(action_key, logits), jax.nn.softmax(logits), value
     logits = jnp.log(visits / visits.max(axis=1, keepdims=True)) / max(args.temperature, 1e-30)
-    return Search(jax.random.categorical(action_key, logits), visits / args.num_simulations, value)
+    return jax.random.categorical(action_key, logits), visits / args.num_simulations, value
 
 
 # ----------------------------------------------------------------------------------------------------- Targets and loss
@@ -392,8 +386,8 @@ def make_labels(target_params: Any, key: jax.Array, batch: Steps, model: Model) 
     net, lead = model.bind(target_params), batch.action.shape
     state = net.representation(batch.observation)
     roots, prediction = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (state, net.prediction(state)))
-    result = search(target_params, key, roots, prediction, model)
-    return Labels(result.value.reshape(lead), result.policy.reshape(*lead, -1))
+    _, policy, value = search(target_params, key, roots, prediction, model)
+    return Labels(value.reshape(lead), policy.reshape(*lead, -1))
 
 
 def n_step_return(batch: Steps, value: jax.Array, args: Args) -> jax.Array:
@@ -420,8 +414,8 @@ def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Ta
     k, length, num_actions = args.unroll_steps, args.unroll_steps + 1, labels.policy.shape[-1]
     is_last, next_is_first = batch.is_last[:, :length], batch.is_first[:, 1 : length + 1]
     is_truncated = is_last & ~batch.is_terminal[:, :length] & (jnp.cumsum(is_last, axis=1) == 1)  # the window's first end
-    flags = jnp.stack([is_last, next_is_first, is_truncated]).astype(int)
-    ended, restarted, truncated = jax.lax.cummax(flags, axis=2) == 1  # [B, K+1] each: whether there is one so far
+    flags = is_last, next_is_first, is_truncated
+    ended, restarted, truncated = (jax.lax.cummax(x.astype(int), axis=1) == 1 for x in flags)  # is there one so far?
     known = 1 - truncated
     return Targets(
         action=jnp.where(restarted[:, :k], jax.random.randint(key, (len(ended), k), 0, num_actions), batch.action[:, :k]),
@@ -482,18 +476,7 @@ def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros(1, jnp.int32))
     optimizer_state = make_optimizer(model.args).init(params)
     state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
-    return jax.device_put(jax.device_get(state), sharding())
-
-
-def sharding(*axes: str) -> NamedSharding:
-    """sharding("batch") splits the leading axis over all devices, sharding() gives each device the whole."""
-    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), jax.P(*axes))
-
-
-def per_device(*arguments: jax.P, result: jax.P) -> Any:
-    """A function that runs on each device: P("batch") gives it a share of the leading axis, P() the whole."""
-    split = {"mesh": sharding().mesh, "in_specs": arguments, "out_specs": result}
-    return functools.partial(jax.shard_map, **split, check_vma=False)
+    return jax.device_put(jax.device_get(state), P())  # on every device
 
 
 def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
@@ -515,7 +498,7 @@ def stack_frames(windows: Steps) -> Steps:
 def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
     """One update on one batch of windows [B, T] with their labels [B, T]."""
 
-    @per_device(jax.P(), jax.P("batch"), jax.P("batch"), result=jax.P())
+    @functools.partial(jax.shard_map, in_specs=(P(), P("batch"), P("batch")), out_specs=P(), check_vma=False)
     def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict]:
         """Each device takes its share of the batch. One array is exchanged: on CPUs that is faster than many."""
         flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
@@ -534,9 +517,8 @@ def update_windows(state: TrainState, windows: Steps, model: Model) -> tuple[Tra
     """One update on windows with history [B, 3 + T]."""
     _, actions_key, labels_key = (jax.random.fold_in(key, state.step) for key in jax.random.split(state.key, 3))
 
-    @per_device(jax.P(), jax.P(), jax.P("batch"), result=jax.P("batch"))
+    @functools.partial(jax.shard_map, in_specs=(P(), P(), P("batch")), out_specs=P("batch"), check_vma=False)
     def label(target_params: Any, key: jax.Array, batch: Steps) -> Labels:
-        """Each device labels its share of the batch."""
         return make_labels(target_params, jax.random.fold_in(key, jax.lax.axis_index("batch")), batch, model)
 
     batch = stack_frames(windows)
@@ -551,7 +533,6 @@ class InputError(Exception):
 
 
 def require(is_right: Any, fault: str) -> None:
-    """Raises InputError with the fault if something is not right."""
     if not is_right:
         raise InputError(fault)
 
@@ -587,11 +568,12 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, np.ndarray, dict[str,
     return data, kept.nonzero()[0].astype(np.int32), meta
 
 
-def batches(data: Steps, rows: np.ndarray, key: jax.Array, step: int, args: Args) -> Iterator[Steps]:
+def batches(data: Steps, rows: np.ndarray, key: Any, step: int, args: Args) -> Iterator[Steps]:
     """Windows [B, 3 + T] of these rows for update `step` and all after it, from device memory, host memory or disk."""
     memory = jax.local_devices()[0].memory_stats() or {"bytes_limit": 0, "bytes_in_use": 0}  # a CPU tells none
     fits = memory["bytes_limit"] - memory["bytes_in_use"] > 2 * len(rows) * data.observation[0].nbytes
     windows_key = jax.device_get(jax.random.split(key, 3)[0])
+    everywhere, split = key.sharding, NamedSharding(key.sharding.mesh, P("batch"))
     index = jax.jit(lambda t: sample_windows(jax.random.fold_in(windows_key, t), len(rows), args))
 
     def place(at: np.ndarray, where: NamedSharding) -> Steps:
@@ -603,11 +585,11 @@ def batches(data: Steps, rows: np.ndarray, key: jax.Array, step: int, args: Args
         return jax.tree.map(place_array, data)
 
     def read(t: int) -> Steps:
-        return place(rows[np.asarray(index(np.int32(t)))], sharding("batch"))
+        return place(rows[np.asarray(index(np.int32(t)))], split)
 
     if args.data_place == "device" or (args.data_place == "auto" and fits):
-        steps = place(rows, sharding())
-        gather = jax.jit(lambda steps, t: jax.tree.map(lambda x: x[index(t)], steps), out_shardings=sharding("batch"))
+        steps = place(rows, everywhere)
+        gather = jax.jit(lambda steps, t: jax.tree.map(lambda x: x[index(t)], steps), out_shardings=split)
         yield from (gather(steps, np.int32(t)) for t in itertools.count(step))
     with ThreadPoolExecutor(1) as pool:  # reads four batches ahead of their use
         waiting = deque(pool.submit(read, t) for t in range(step, step + 4))
@@ -649,7 +631,7 @@ def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> ja
     """Actions [V] at observations [V, 4, 84, 84] uint8, by search."""
     net = model.bind(params)
     state = net.representation(jnp.moveaxis(observation, 1, -1))
-    return search(params, key, state, net.prediction(state), model).action
+    return search(params, key, state, net.prediction(state), model)[0]
 
 
 def evaluate(state: TrainState, model: Model, meta: dict[str, Any], run_dir: Path) -> dict[str, float]:
@@ -657,23 +639,23 @@ def evaluate(state: TrainState, model: Model, meta: dict[str, Any], run_dir: Pat
     returns, the normalised score is (return - random play) / (online DQN - random play)."""
     number, step = model.args.eval_episodes, int(state.step)
     act_seed, *seeds = np.random.SeedSequence([model.args.seed, step]).generate_state(1 + number).tolist()
-    key, environments = jax.random.PRNGKey(act_seed), make_environments(model.args.env_id, seeds)
+    environments = make_environments(model.args.env_id, seeds)
     params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
     observation, _ = environments.reset()  # [V, 4, 84, 84]
-    returns, lengths, is_playing = np.zeros(number), np.zeros(number, int), np.ones(number, bool)
+    returns, is_playing = np.zeros(number), np.ones(number, bool)
     film = [observation[0, -1].copy()]
-    while is_playing.any():
-        key, act_key = jax.random.split(key)
-        action = np.asarray(act(params, act_key, observation, model))
-        observation, reward, terminated, truncated, _ = environments.step(action)
-        film += [observation[0, -1].copy()] if model.args.capture_video and is_playing[0] else []
-        returns += np.where(is_playing, reward, 0)
-        lengths += is_playing
-        is_playing &= ~(terminated | truncated)
+    with jax.set_mesh(jax.sharding.Mesh(jax.local_devices()[:1], ("batch",))):  # one device acts
+        key = jax.random.PRNGKey(act_seed)
+        while is_playing.any():
+            key, act_key = jax.random.split(key)
+            action = np.asarray(act(params, act_key, observation, model))
+            observation, reward, terminated, truncated, _ = environments.step(action)
+            film += [observation[0, -1].copy()] if model.args.capture_video and is_playing[0] else []
+            returns += np.where(is_playing, reward, 0)
+            is_playing &= ~(terminated | truncated)
     if model.args.capture_video:
         write_video(run_dir / "videos" / f"{step}.mp4", film)
     scores = {f"eval/return_{name}": float(getattr(returns, name)()) for name in ("mean", "std", "min", "max")}
-    scores |= {"eval/length_mean": float(lengths.mean()), "eval/episodes": number}
     if reference := meta.get("reference_returns"):
         gain, whole = scores["eval/return_mean"] - reference["random"], reference["online_dqn"] - reference["random"]
         scores["eval/normalized_score"] = gain / whole
@@ -703,10 +685,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def main(args: Args, stopped_by: Any = ()) -> None:
-    """Trains to the end, or until stopped_by holds a signal; or, with --eval-only, scores the last checkpoint.
-
-    The last thing that a step does is its checkpoint: a killed run loses what came after the last one, and nothing else.
-    """
+    """Trains until the end or until stopped_by holds a signal; or, with --eval-only, scores the last checkpoint."""
+    jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))  # P("batch") is a share for each device, P() is the whole
     require(args.batch_size % jax.device_count() == 0, f"--batch-size cannot be shared by {jax.device_count()} devices")
     require(f"{args.env_id}-v5" in envpool.list_all_envs(), f"EnvPool has no game {args.env_id}; names are as in MsPacman")
     name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -718,31 +698,25 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         meta = json.loads((run_dir / "args.json").read_text())["dataset"]
     else:
         data, rows, meta = load_dataset(folder, args)
-    num_actions = envpool.make_spec(f"{args.env_id}-v5").gymnasium_action_space.n
-    require(
-        num_actions == meta["num_actions"], f"{args.env_id} has {num_actions} actions, the dataset {meta['num_actions']}"
-    )
+    found, wanted = envpool.make_spec(f"{args.env_id}-v5").gymnasium_action_space.n, meta["num_actions"]
+    require(found == wanted, f"{args.env_id} has {found} actions, the dataset {wanted}")
     model = Model(meta["num_actions"], args)
     state = init_state((84, 84, 4), model)
 
-    first = jax.process_index() == 0
-    if first:  # of several processes the first writes and talks
+    if first := jax.process_index() == 0:  # of several processes the first writes and talks
         run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
-    if (last := checkpoints.latest_step()) is not None:
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # where a restore fails, its threads print more
+    if args.eval_only or checkpoints.latest_step():
+        sys.unraisablehook = lambda _: None  # where a restore fails, its threads print more
         try:
-            state = checkpoints.restore(last, args=ocp.args.StandardRestore(state))
+            state = checkpoints.restore(None, args=ocp.args.StandardRestore(state))
         except Exception as error:  # Orbax raises many kinds
-            raise InputError(f"{checkpoints.directory}/{last} cannot be read: {str(error)[:300]}") from None
-        sys.unraisablehook = hook
+            raise InputError(f"the last checkpoint of {run_dir} cannot be read: {str(error)[:300]}") from None
     step = int(state.step)
-    require(last is not None or not args.eval_only, f"{checkpoints.directory} holds no checkpoint")
     if args.eval_only:
         print(json.dumps({"step": step, **evaluate(state, model, meta, run_dir)}))
         return
-    require(step < args.total_steps, f"{run_dir} has made {step} updates already: name more with --total-steps")
     if first:
         commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
         run = {"args": vars(args) | {"data_dir": folder.absolute()}, "dataset": meta, "git_commit": commit.stdout.strip()}
@@ -772,11 +746,8 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         bar.update(1)
         if not np.isfinite([sums["total_loss"], sums["grad_norm"], sums["param_norm"]]).all():
             sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
-        if first and step == first_step + 1 and jax.default_backend() == "cpu":
-            hint = "" if args.cpu_size else "; --cpu-size suits a CPU"
-            bar.write(
-                f"no accelerator: an update takes {seconds:.2f} s, all {args.total_steps * seconds / 60:.0f} minutes{hint}"
-            )
+        if first and step == first_step + 1 and jax.default_backend() == "cpu" and not args.cpu_size:
+            bar.write(f"no accelerator: an update takes {seconds:.2f} s; --cpu-size suits a CPU")
         done, line = step == args.total_steps, dict[str, float]()
         if done or step % args.log_interval == 0:
             line = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
@@ -790,7 +761,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
             bar.write(f"{step} updates: " + ", ".join(f"{name} {line[name]:.4g}" for name in shown if name in line))
             if args.track:
                 wandb.log(line, step=step)
-        if done or stopped_by or step % args.checkpoint_interval == 0:
+        if done or stopped_by or step % args.checkpoint_interval == 0:  # last: a kill loses only what comes after it
             checkpoints.save(step, args=ocp.args.StandardSave(state))
 
 
@@ -799,8 +770,7 @@ if __name__ == "__main__":
 
     def stop(signum: int, _: Any) -> None:  # a first signal ends the loop, with a checkpoint; a second one the program
         stopped_by.append(signum)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signum, signal.SIG_DFL)
 
     try:
         args = parse_args()

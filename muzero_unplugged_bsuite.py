@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "jax>=0.7", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.20", "numpy>=2.0", "tyro>=0.9.30",
+#     "jax>=0.7.1", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.20", "numpy>=2.0", "tyro>=0.9.30",
 #     "pydantic>=2.8", "tqdm>=4.66", "wandb>=0.19", "mctx>=0.0.5", "bsuite>=0.3.6", "gymnasium>=1.0",
 # ]
 # ///
@@ -10,10 +10,8 @@
 Schrittwieser et al.: "Online and Offline Reinforcement Learning by Planning with a Learned Model", NeurIPS 2021
 (arXiv 2104.06294), with the model, the losses and the settings of ROSMO (arXiv 2210.05980).
 
-    python muzero_unplugged_bsuite.py --env-id catch                       # the paper's settings, 200,000 updates
-    python muzero_unplugged_bsuite.py --env-id catch --total-steps 20000   # about a minute on two cores
-    python muzero_unplugged_bsuite.py --resume RUN_DIR                     # go on where a run was stopped
-    python muzero_unplugged_bsuite.py --resume RUN_DIR --eval-only         # score its last checkpoint
+    python muzero_unplugged_bsuite.py --env-id catch     # the paper's settings; --total-steps 20000 is about a minute
+    python muzero_unplugged_bsuite.py --resume RUN_DIR   # goes on with a stopped run; --eval-only scores its last checkpoint
 
 In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), N the steps of the dataset,
 F, S and A the sizes of observation, latent state and actions; h, g and f are representation, dynamics and prediction.
@@ -39,8 +37,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
+from jax import P
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
@@ -182,12 +180,6 @@ def to_scalar(logits: jax.Array) -> jax.Array:
 # --------------------------------------------------------------------------------------------------- Policy improvement
 
 
-class Search(NamedTuple):
-    action: jax.Array  # [B] int32, to act by
-    policy: jax.Array  # [B, A], improved
-    value: jax.Array  # [B], of the root after the search
-
-
 def expand(params: Any, key: jax.Array, action: jax.Array, state: jax.Array, model: Model) -> tuple[Any, jax.Array]:
     """One step of the model from states [B, S] with actions [B], as mctx wants it, and the next states [B, S]."""
     net = model.bind(params)
@@ -229,8 +221,9 @@ def puct(nodes: Nodes, visits: jax.Array, returns: jax.Array, order: jax.Array) 
     return jnp.where(is_best, order, -1).max(axis=1) % visits.shape[1]
 
 
-def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, model: Model) -> Search:
-    """Monte Carlo tree search in the model from states [B, S] with their prediction (Schrittwieser et al. 2020, appendix B).
+def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction, model: Model) -> tuple[jax.Array, ...]:
+    """Monte Carlo tree search (Schrittwieser et al. 2020, appendix B) in the model from states [B, S] with their prediction.
+    Returns the actions [B] to act by, the improved policy [B, A] and the root's value [B].
 
     No tree is walked: each simulation looks at all nodes at once. A node's path is a set of bits: the nodes above it, and
     its own. A node is off where the best action of its parent does not lead to it. The simulation's path is all nodes that
@@ -244,7 +237,7 @@ def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction
         start = mctx.RootFnOutput(prior_logits=prediction.policy_logits, value=value, embedding=state)
         step, depth = functools.partial(expand, model=model), args.search_depth or args.num_simulations
         result = mctx.gumbel_muzero_policy(params, key, start, step, args.num_simulations, max_depth=depth)
-        return Search(result.action, result.action_weights, result.search_tree.summary().value)
+        return result.action, result.action_weights, result.search_tree.summary().value
     batch, num_actions = prediction.policy_logits.shape
     index, actions, trees = np.arange(args.num_simulations + 1)[:, None], np.arange(num_actions)[:, None], np.arange(batch)
     bits = jnp.where(index // 24 == index[::24].T // 24, 1 << index % 24, 0)[..., None]  # [M, M / 24, 1]
@@ -283,9 +276,9 @@ def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction
     if args.policy_target == "mzu_q":
         q = jnp.where(visits > 0, returns / jnp.maximum(visits, 1), value[:, None])
         logits = prediction.policy_logits + q / args.tau
-        return Search(jax.random.categorical(action_key, logits), jax.nn.softmax(logits), value)
+        return jax.random.categorical(action_key, logits), jax.nn.softmax(logits), value
     logits = jnp.log(visits / visits.max(axis=1, keepdims=True)) / max(args.temperature, 1e-30)
-    return Search(jax.random.categorical(action_key, logits), visits / args.num_simulations, value)
+    return jax.random.categorical(action_key, logits), visits / args.num_simulations, value
 
 
 # ----------------------------------------------------------------------------------------------------- Targets and loss
@@ -323,8 +316,8 @@ def make_labels(target_params: Any, key: jax.Array, steps: Steps, model: Model) 
     net = model.bind(target_params)
     state = net.representation(steps.observation)
     prediction = net.prediction(state)
-    result = search(target_params, key, state, prediction, model)
-    return Labels(result.value, result.policy)
+    _, policy, value = search(target_params, key, state, prediction, model)
+    return Labels(value, policy)
 
 
 def n_step_return(batch: Steps, value: jax.Array, args: Args) -> jax.Array:
@@ -351,8 +344,8 @@ def make_targets(key: jax.Array, batch: Steps, labels: Labels, args: Args) -> Ta
     k, length, num_actions = args.unroll_steps, args.unroll_steps + 1, labels.policy.shape[-1]
     is_last, next_is_first = batch.is_last[:, :length], batch.is_first[:, 1 : length + 1]
     is_truncated = is_last & ~batch.is_terminal[:, :length] & (jnp.cumsum(is_last, axis=1) == 1)  # the window's first end
-    flags = jnp.stack([is_last, next_is_first, is_truncated]).astype(int)
-    ended, restarted, truncated = jax.lax.cummax(flags, axis=2) == 1  # [B, K+1] each: whether there is one so far
+    flags = is_last, next_is_first, is_truncated
+    ended, restarted, truncated = (jax.lax.cummax(x.astype(int), axis=1) == 1 for x in flags)  # is there one so far?
     known = 1 - truncated
     return Targets(
         action=jnp.where(restarted[:, :k], jax.random.randint(key, (len(ended), k), 0, num_actions), batch.action[:, :k]),
@@ -413,31 +406,20 @@ def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros(1, jnp.int32))
     optimizer_state = make_optimizer(model.args).init(params)
     state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
-    return jax.device_put(jax.device_get(state), sharding())
-
-
-def sharding(*axes: str) -> NamedSharding:
-    """sharding("batch") splits the leading axis over all devices, sharding() gives each device the whole."""
-    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), jax.P(*axes))
-
-
-def per_device(*arguments: jax.P, result: jax.P) -> Any:
-    """A function that runs on each device: P("batch") gives it a share of the leading axis, P() the whole."""
-    split = {"mesh": sharding().mesh, "in_specs": arguments, "out_specs": result}
-    return functools.partial(jax.shard_map, **split, check_vma=False)
+    return jax.device_put(jax.device_get(state), P())  # on every device
 
 
 def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
     """Indices [B, T] of windows of consecutive steps, drawn with replacement; they may run over an episode's end."""
     window = args.unroll_steps + args.bootstrap_steps + 1
     start = jax.random.randint(key, (args.batch_size,), 0, num_steps - window + 1)
-    return jax.lax.with_sharding_constraint(start, sharding("batch"))[:, None] + jnp.arange(window)
+    return jax.lax.with_sharding_constraint(start, P("batch"))[:, None] + jnp.arange(window)
 
 
 def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, model: Model) -> tuple[TrainState, dict]:
     """One update on one batch of windows [B, T] with their labels [B, T]."""
 
-    @per_device(jax.P(), jax.P("batch"), jax.P("batch"), result=jax.P())
+    @functools.partial(jax.shard_map, in_specs=(P(), P("batch"), P("batch")), out_specs=P(), check_vma=False)
     def mean_gradient(params: Any, batch: Steps, targets: Targets) -> tuple[Any, dict]:
         """Each device takes its share of the batch. One array is exchanged: on CPUs that is faster than many."""
         flat, unravel = ravel_pytree(jax.grad(loss, has_aux=True)(params, batch, targets, model))
@@ -464,16 +446,14 @@ def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
     windows = jax.vmap(lambda t: sample_windows(jax.random.fold_in(windows_key, t), length, model.args))(updates)
     is_read = jnp.zeros(length, bool).at[windows].set(True)
     chunks = jnp.nonzero(is_read, size=-(-length // size) * size, fill_value=length)[0].reshape(-1, size)
-    key = jax.random.fold_in(labels_key, updates[0])
 
-    @per_device(jax.P(), jax.P(), jax.P(), jax.P("batch"), result=jax.P("batch"))
+    @functools.partial(jax.shard_map, in_specs=(P(), P(), P(), P("batch")), out_specs=P("batch"), check_vma=False)
     def label(target_params: Any, key: jax.Array, i: jax.Array, steps: Steps) -> Labels:
-        """Each device labels its share of a chunk."""
         return make_labels(target_params, jax.random.fold_in(key, i + jax.lax.axis_index("batch")), steps, model)
 
     def label_chunk(i: jax.Array, labels: Labels) -> Labels:
         steps = jax.tree.map(lambda x: x[chunks[i]], data)
-        new = label(state.target_params, key, i * jax.device_count(), steps)
+        new = label(state.target_params, jax.random.fold_in(labels_key, updates[0]), i * jax.device_count(), steps)
         return jax.tree.map(lambda x, y: x.at[chunks[i]].set(y, mode="drop"), labels, new)
 
     zeros = Labels(jnp.zeros(length), jnp.zeros((length, model.num_actions)))
@@ -505,7 +485,6 @@ class InputError(Exception):
 
 
 def require(is_right: Any, fault: str) -> None:
-    """Raises InputError with the fault if something is not right."""
     if not is_right:
         raise InputError(fault)
 
@@ -529,8 +508,8 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, dict[str, Any]]:
     require(is_whole and data.is_first[0], f"{of} does not mark whole episodes by is_first, is_last and is_terminal")
     require(data.action.min() >= 0 and data.action.max() < num_actions, f"{of} has actions outside 0 to {num_actions - 1}")
     require(not data.reward[data.is_last].any(), f"{of} has a reward at an episode's last step, which has no action")
-    require(np.isfinite(data.reward).all(), f"{of} has a reward that is not finite (reward.npy)")
-    require(np.isfinite(data.observation).all(), f"{of} has an observation that is not finite (observation.npy)")
+    for name in ("reward", "observation"):
+        require(np.isfinite(getattr(data, name)).all(), f"{of} has a value that is not finite ({name}.npy)")
     # Of as many equal stretches of the dataset as episodes are kept, one episode each, drawn by seed.
     episode = np.cumsum(data.is_first) - 1  # [N], of the step
     edges = np.linspace(0, episode[-1] + 1, max(1, round(args.data_fraction * (episode[-1] + 1))) + 1).astype(int)
@@ -575,7 +554,7 @@ def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> ja
     """Actions [V] at observations [V, ...], by search."""
     net = model.bind(params)
     state = net.representation(observation.reshape(len(observation), -1))
-    return search(params, key, state, net.prediction(state), model).action
+    return search(params, key, state, net.prediction(state), model)[0]
 
 
 def evaluate(state: TrainState, environments: Any, model: Model, meta: dict[str, Any]) -> dict[str, float]:
@@ -583,21 +562,20 @@ def evaluate(state: TrainState, environments: Any, model: Model, meta: dict[str,
     reference returns, the normalised score is (return - random play) / (online DQN - random play)."""
     number, seed = environments.num_envs, [model.args.seed, int(state.step)]
     act_seed, *seeds = np.random.SeedSequence(seed).generate_state(1 + number).tolist()
-    key, random = jax.random.PRNGKey(act_seed), np.random.default_rng(seed)  # of actions, and of their noise
     params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
     observation, _ = environments.reset(seed=seeds)
-    returns, lengths, is_playing = np.zeros(number), np.zeros(number, int), np.ones(number, bool)
-    while is_playing.any():
-        key, act_key = jax.random.split(key)
-        action = np.asarray(act(params, act_key, observation, model))
-        noisy = random.random(number) < model.args.noise
-        action = np.where(noisy, random.integers(model.num_actions, size=number), action)
-        observation, reward, terminated, truncated, _ = environments.step(action)
-        returns += np.where(is_playing, reward, 0)
-        lengths += is_playing
-        is_playing &= ~(terminated | truncated)
+    returns, is_playing = np.zeros(number), np.ones(number, bool)
+    with jax.set_mesh(jax.sharding.Mesh(jax.local_devices()[:1], ("batch",))):  # one device acts
+        key, random = jax.random.PRNGKey(act_seed), np.random.default_rng(seed)  # of actions, and of their noise
+        while is_playing.any():
+            key, act_key = jax.random.split(key)
+            action = np.asarray(act(params, act_key, observation, model))
+            is_noise = random.random(number) < model.args.noise
+            action = np.where(is_noise, random.integers(model.num_actions, size=number), action)
+            observation, reward, terminated, truncated, _ = environments.step(action)
+            returns += np.where(is_playing, reward, 0)
+            is_playing &= ~(terminated | truncated)
     scores = {f"eval/return_{name}": float(getattr(returns, name)()) for name in ("mean", "std", "min", "max")}
-    scores |= {"eval/length_mean": float(lengths.mean()), "eval/episodes": number}
     if reference := meta.get("reference_returns"):
         gain, whole = scores["eval/return_mean"] - reference["random"], reference["online_dqn"] - reference["random"]
         scores["eval/normalized_score"] = gain / whole
@@ -626,10 +604,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def main(args: Args, stopped_by: Any = ()) -> None:
-    """Trains to the end, or until stopped_by holds a signal; or, with --eval-only, scores the last checkpoint.
-
-    The last thing that a step does is its checkpoint: a killed run loses what came after the last one, and nothing else.
-    """
+    """Trains until the end or until stopped_by holds a signal; or, with --eval-only, scores the last checkpoint."""
+    jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))  # P("batch") is a share for each device, P() is the whole
     require(args.batch_size % jax.device_count() == 0, f"--batch-size cannot be shared by {jax.device_count()} devices")
     environments = gymnasium.make_vec(args.env_id, args.eval_episodes, "sync") if args.eval_episodes else None
     name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -648,24 +624,20 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     model = Model(meta["num_actions"], args)
     state = init_state((int(np.prod(meta["observation_shape"])),), model)
 
-    first = jax.process_index() == 0
-    if first:  # of several processes the first writes and talks
+    if first := jax.process_index() == 0:  # of several processes the first writes and talks
         run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
-    if (last := checkpoints.latest_step()) is not None:
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # where a restore fails, its threads print more
+    if args.eval_only or checkpoints.latest_step():
+        sys.unraisablehook = lambda _: None  # where a restore fails, its threads print more
         try:
-            state = checkpoints.restore(last, args=ocp.args.StandardRestore(state))
+            state = checkpoints.restore(None, args=ocp.args.StandardRestore(state))
         except Exception as error:  # Orbax raises many kinds
-            raise InputError(f"{checkpoints.directory}/{last} cannot be read: {str(error)[:300]}") from None
-        sys.unraisablehook = hook
+            raise InputError(f"the last checkpoint of {run_dir} cannot be read: {str(error)[:300]}") from None
     step = int(state.step)
-    require(last is not None or not args.eval_only, f"{checkpoints.directory} holds no checkpoint")
     if args.eval_only:
         print(json.dumps({"step": step, **evaluate(state, environments, model, meta)}))
         return
-    require(step < args.total_steps, f"{run_dir} has made {step} updates already: name more with --total-steps")
     if first:
         commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
         run = {"args": vars(args) | {"data_dir": folder.absolute()}, "dataset": meta, "git_commit": commit.stdout.strip()}
@@ -681,7 +653,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), resume="auto", dir=run_dir)
         print(f"{run_dir}: {len(data.action)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}")
 
-    data = jax.device_put(data, sharding())
+    data = jax.device_put(data, P())
     labels = label_dataset(state, data, model)
     compiled = update_many.lower(state, np.int32(0), data, labels, model).compile()
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
@@ -711,7 +683,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
             bar.write(f"{step} updates: " + ", ".join(f"{name} {line[name]:.4g}" for name in shown if name in line))
             if args.track:
                 wandb.log(line, step=step)
-        if done or stopped_by or step % args.checkpoint_interval == 0:
+        if done or stopped_by or step % args.checkpoint_interval == 0:  # last: a kill loses only what comes after it
             checkpoints.save(step, args=ocp.args.StandardSave(state))
 
 
@@ -720,8 +692,7 @@ if __name__ == "__main__":
 
     def stop(signum: int, _: Any) -> None:  # a first signal ends the loop, with a checkpoint; a second one the program
         stopped_by.append(signum)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signum, signal.SIG_DFL)
 
     try:
         args = parse_args()

@@ -21,6 +21,7 @@ def pytest_configure(config):
     import jax  # not before: it reads the environment
 
     jax.config.update("jax_num_cpu_devices", 2)  # as the scripts do on a machine with two cores
+    jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))
 
 
 def pytest_unconfigure(config):
