@@ -86,6 +86,8 @@ class Args:
     checkpoint_interval: PositiveInt = 10_000  # updates between checkpoints; the last two are kept
     eval_interval: PositiveInt = 5_000  # updates between evaluations
     eval_episodes: NonNegativeInt = 32  # episodes per evaluation, side by side; with 0 there is no environment
+    eval_max_steps: PositiveInt = 100_000  # steps at which an evaluation cuts an episode that does not end
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # fraction of the episodes whose losses are only evaluated
     eval_only: bool = False  # with --resume: score the last checkpoint, print the result and stop
     log_interval: PositiveInt = 1_000  # updates between lines of metrics.jsonl
     track: bool = False  # log to Weights & Biases too
@@ -405,8 +407,7 @@ def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
     init_key, key = jax.random.split(jax.random.PRNGKey(model.args.seed))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros(1, jnp.int32))
     optimizer_state = make_optimizer(model.args).init(params)
-    state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
-    return jax.device_put(jax.device_get(state), P())  # on every device
+    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
 
 
 def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
@@ -440,7 +441,8 @@ def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
     Until the target parameters change, a step has the same labels in all windows that hold it. So it is labelled once:
     draw the windows of all updates up to the next copy, by the keys of update_many, and label their steps in chunks.
     """
-    length, interval, size = len(data.action), model.args.target_update_interval, 1024 * jax.device_count()
+    length, interval = len(data.action), model.args.target_update_interval
+    size = jax.device_count() * min(1024 if jax.default_backend() == "cpu" else 2**14, 2**24 // model.num_actions**2 + 1)
     windows_key, _, labels_key = jax.random.split(state.key, 3)
     updates = state.step - state.step % interval + jnp.arange(interval)
     windows = jax.vmap(lambda t: sample_windows(jax.random.fold_in(windows_key, t), length, model.args))(updates)
@@ -489,11 +491,9 @@ def require(is_right: Any, fault: str) -> None:
         raise InputError(fault)
 
 
-def load_dataset(folder: Path, args: Args) -> tuple[Steps, dict[str, Any]]:
-    """The steps [N] of a fraction of a dataset's episodes, and its meta.json. Format: data/README.md in the repository.
-
-    Raises InputError for a dataset that is missing or damaged, of another task, or would make training silently wrong.
-    """
+def load_dataset(folder: Path, args: Args) -> tuple[Steps, Steps, dict[str, Any]]:
+    """The steps [N] to train on, those to evaluate the losses on, and meta.json. Format: data/README.md in the repository.
+    Raises InputError for a dataset that is missing or damaged, of another task, or would make training silently wrong."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         data = Steps(*(np.load(folder / f"{field}.npy") for field in Steps._fields))
@@ -510,15 +510,22 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, dict[str, Any]]:
     require(not data.reward[data.is_last].any(), f"{of} has a reward at an episode's last step, which has no action")
     for name in ("reward", "observation"):
         require(np.isfinite(getattr(data, name)).all(), f"{of} has a value that is not finite ({name}.npy)")
-    # Of as many equal stretches of the dataset as episodes are kept, one episode each, drawn by seed.
-    episode = np.cumsum(data.is_first) - 1  # [N], of the step
-    edges = np.linspace(0, episode[-1] + 1, max(1, round(args.data_fraction * (episode[-1] + 1))) + 1).astype(int)
-    kept = np.isin(episode, np.random.default_rng(args.seed).integers(edges[:-1], edges[1:]))
+    episode, random = np.cumsum(data.is_first) - 1, np.random.default_rng(args.seed)  # [N], of the step
+
+    def draw(episodes: np.ndarray, fraction: float) -> np.ndarray:
+        """A fraction of the episodes: of as many equal stretches as are drawn, one episode each."""
+        edges = np.linspace(0, len(episodes), max(1, round(fraction * len(episodes))) + 1).astype(int)
+        return episodes[random.integers(edges[:-1], edges[1:])]
+
+    drawn = draw(np.arange(episode[-1] + 1), args.data_fraction)
+    held_out = np.isin(episode, draw(drawn, args.eval_fraction) if args.eval_fraction else [])
+    kept = np.isin(episode, drawn) & ~held_out
     window = args.unroll_steps + args.bootstrap_steps + 1
-    require(np.bincount(episode[kept]).max() >= window, f"{of} has no episode of {window} steps, a window")
+    longest = [np.bincount(episode[part], minlength=1).max() for part in ([kept, held_out] if held_out.any() else [kept])]
+    require(min(longest) >= window, f"{of} has no episode of {window} steps, a window")
     meta["observation_shape"] = data.observation.shape[1:]
     data = data._replace(observation=data.observation.reshape(length, -1))
-    return jax.tree.map(lambda x: x[kept], data), meta
+    return jax.tree.map(lambda x: x[kept], data), jax.tree.map(lambda x: x[held_out], data), meta
 
 
 # --------------------------------------------------------------------------------- Environments, acting and evaluation
@@ -564,18 +571,19 @@ def evaluate(state: TrainState, environments: Any, model: Model, meta: dict[str,
     act_seed, *seeds = np.random.SeedSequence(seed).generate_state(1 + number).tolist()
     params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
     observation, _ = environments.reset(seed=seeds)
-    returns, is_playing = np.zeros(number), np.ones(number, bool)
+    returns, is_playing, steps = np.zeros(number), np.ones(number, bool), 0
     with jax.set_mesh(jax.sharding.Mesh(jax.local_devices()[:1], ("batch",))):  # one device acts
         key, random = jax.random.PRNGKey(act_seed), np.random.default_rng(seed)  # of actions, and of their noise
-        while is_playing.any():
+        while is_playing.any() and steps < model.args.eval_max_steps:
             key, act_key = jax.random.split(key)
             action = np.asarray(act(params, act_key, observation, model))
             is_noise = random.random(number) < model.args.noise
             action = np.where(is_noise, random.integers(model.num_actions, size=number), action)
             observation, reward, terminated, truncated, _ = environments.step(action)
             returns += np.where(is_playing, reward, 0)
-            is_playing &= ~(terminated | truncated)
+            is_playing, steps = is_playing & ~(terminated | truncated), steps + 1
     scores = {f"eval/return_{name}": float(getattr(returns, name)()) for name in ("mean", "std", "min", "max")}
+    scores |= {"eval/cut_episodes": int(is_playing.sum())} if is_playing.any() else {}
     if reference := meta.get("reference_returns"):
         gain, whole = scores["eval/return_mean"] - reference["random"], reference["online_dqn"] - reference["random"]
         scores["eval/normalized_score"] = gain / whole
@@ -590,9 +598,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, description=__doc__)
     require(not (args.resume and args.run_dir), "--resume goes on in the folder that it names: name no --run-dir beside it")
     if args.resume:
-        saved = args.resume / "args.json"
-        require(saved.exists(), f"{args.resume} is not the folder of a run: it has no args.json")
-        args = tyro.cli(Args, args=argv, default=Args(**json.loads(saved.read_text())["args"]), description=__doc__)
+        require((args.resume / "args.json").exists(), f"{args.resume} is not the folder of a run: it has no args.json")
+        saved = Args(**json.loads((args.resume / "args.json").read_text())["args"])
+        args = tyro.cli(Args, args=argv, default=saved, description=__doc__)
+        require(args.seed == saved.seed, "--seed cannot be changed: the random key is in the checkpoint")
+    elif args.run_dir and (args.run_dir / "args.json").exists():  # the same command goes on, in a job that is queued again
+        saved = Args(**json.loads((args.run_dir / "args.json").read_text())["args"])
+        same = vars(args) | {name: getattr(saved, name) for name in ("data_dir", "resume", "run_dir")} == vars(saved)
+        require(same, f"{args.run_dir} has a run with other settings: name another --run-dir, or go on with --resume")
     require(not args.eval_only or (args.resume and args.eval_episodes), "--eval-only needs --resume and --eval-episodes")
     require(not args.distributed or args.resume or args.run_dir, "--distributed needs --run-dir: all train in one folder")
     require((args.search_depth or 1) <= args.num_simulations, "--search-depth is at most --num-simulations")
@@ -607,7 +620,6 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     """Trains until the end or until stopped_by holds a signal; or, with --eval-only, scores the last checkpoint."""
     jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))  # P("batch") is a share for each device, P() is the whole
     require(args.batch_size % jax.device_count() == 0, f"--batch-size cannot be shared by {jax.device_count()} devices")
-    environments = gymnasium.make_vec(args.env_id, args.eval_episodes, "sync") if args.eval_episodes else None
     name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.resume or args.run_dir or Path("runs", name)
     folder = args.data_dir or Path("datasets/bsuite", f"{args.env_id}_noise_{args.noise}" if args.noise else args.env_id)
@@ -616,16 +628,23 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     if args.eval_only:
         meta = json.loads((run_dir / "args.json").read_text())["dataset"]
     else:
-        data, meta = load_dataset(folder, args)
-    if environments:
+        data, held_out, meta = load_dataset(folder, args)
+    environments = None
+    if args.eval_episodes:
+        sys.path.append(os.getcwd())  # for --env-id my_module:Name-v0
+        spec = gymnasium.envs.registration.EnvSpec.from_json(meta["env_spec"]) if "env_spec" in meta else args.env_id
+        try:
+            environments = gymnasium.make_vec(spec, args.eval_episodes, "sync")
+        except Exception as error:  # the environment's own
+            raise InputError(f"{args.env_id} cannot be made: {error!r}") from error
         found = environments.single_action_space, environments.single_observation_space.shape
         wanted = gymnasium.spaces.Discrete(meta["num_actions"]), tuple(meta["observation_shape"])
         require(found == wanted, f"{args.env_id} has actions and observations {found}, the dataset {wanted}")
     model = Model(meta["num_actions"], args)
     state = init_state((int(np.prod(meta["observation_shape"])),), model)
+    state = jax.device_put(jax.device_get(state), P())  # on every device
 
-    if first := jax.process_index() == 0:  # of several processes the first writes and talks
-        run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+    first = jax.process_index() == 0  # of several processes the first writes and talks
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
     if args.eval_only or checkpoints.latest_step():
@@ -635,6 +654,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         except Exception as error:  # Orbax raises many kinds
             raise InputError(f"the last checkpoint of {run_dir} cannot be read: {str(error)[:300]}") from None
     step = int(state.step)
+    require(step <= args.total_steps, f"{run_dir} has made {step} updates: --total-steps is {args.total_steps}")
     if args.eval_only:
         print(json.dumps({"step": step, **evaluate(state, environments, model, meta)}))
         return
@@ -653,7 +673,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), resume="auto", dir=run_dir)
         print(f"{run_dir}: {len(data.action)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}")
 
-    data = jax.device_put(data, P())
+    data, held_out = jax.device_put((data, held_out), P())
     labels = label_dataset(state, data, model)
     compiled = update_many.lower(state, np.int32(0), data, labels, model).compile()
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval, args.target_update_interval)
@@ -677,10 +697,14 @@ def main(args: Args, stopped_by: Any = ()) -> None:
             sums, logged_step, seconds = {}, step, 0.0
         if environments and (done or step % args.eval_interval == 0):
             line |= evaluate(state, environments, model, meta)
+        if len(held_out.action) and (done or step % args.eval_interval == 0):  # the losses of an update that is not kept
+            copy = jax.tree.map(jnp.copy, state)
+            _, metrics = update_many(copy, np.int32(1), held_out, label_dataset(copy, held_out, model), model)
+            line |= {f"eval/{name}": float(value) for name, value in metrics.items() if "loss" in name}
         if line and first:
             log_file.write(json.dumps({"step": step, **line}) + "\n")
-            shown = ("train/total_loss", "train/updates_per_second", "eval/return_mean", "eval/normalized_score")
-            bar.write(f"{step} updates: " + ", ".join(f"{name} {line[name]:.4g}" for name in shown if name in line))
+            shown = [name for name in line if "eval/" in name or name in ("train/total_loss", "train/updates_per_second")]
+            bar.write(f"{step} updates: " + ", ".join(f"{name} {line[name]:.4g}" for name in shown))
             if args.track:
                 wandb.log(line, step=step)
         if done or stopped_by or step % args.checkpoint_interval == 0:  # last: a kill loses only what comes after it
@@ -696,6 +720,7 @@ if __name__ == "__main__":
 
     try:
         args = parse_args()
+        jax.config.update("jax_compilation_cache_dir", os.getenv("JAX_COMPILATION_CACHE_DIR", f"{Path.home()}/.cache/jax"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         shares = [n for n in range(1, min(cores, 8) + 1) if args.batch_size % n == 0]
         jax.config.update("jax_num_cpu_devices", args.cpu_devices or shares[-1])
@@ -705,7 +730,6 @@ if __name__ == "__main__":
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
         main(args, stopped_by)
-    except (InputError, ValidationError, FileExistsError, gymnasium.error.Error) as error:
+    except (InputError, ValidationError, FileExistsError, NotADirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(128 + stopped_by[0] if stopped_by else 0)

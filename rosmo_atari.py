@@ -61,7 +61,9 @@ class Args:
     batch_size: PositiveInt = 512  # windows per update
     data_dir: Path | None = None  # dataset folder; by default the game's under datasets/atari/, recorded if missing
     data_fraction: Fraction = 1.0  # fraction of the episodes to train on, evenly spaced over the dataset, chosen by seed
-    data_place: Literal["auto", "device", "host"] = "auto"  # where the frames are; auto: on an accelerator if they fit
+    data_place: Literal["auto", "device", "host"] = "auto"  # where the frames are; auto: on accelerators if they fit
+    data_readers: PositiveInt = 16  # threads that read batches ahead from the disk, with data_place host
+    rom_dir: Path | None = None  # folder with atari/roms/*.bin, to play other ROMs than EnvPool's
 
     unroll_steps: PositiveInt = 5  # K, the steps that the model is unrolled
     bootstrap_steps: PositiveInt = 5  # n, the steps of the n-step return
@@ -106,9 +108,9 @@ class Args:
 
 CPU_SIZE: dict[str, Any] = {
     "batch_size": 32, "total_steps": 20_000, "encoder": "cnn", "channels": 16, "representation_blocks": 0,
-    "dynamics_blocks": 1, "prediction_blocks": 0, "head_channels": 8, "head_width": 128, "num_bins": 81,
-    "unroll_steps": 3, "bootstrap_steps": 3, "learning_rate": 2e-3, "warmup_steps": 200, "eval_interval": 2_500,
-    "learning_rate_decay_steps": 15_000, "target_update_interval": 25,
+    "dynamics_blocks": 1, "prediction_blocks": 0, "head_channels": 8, "num_bins": 81, "unroll_steps": 3,
+    "bootstrap_steps": 3, "learning_rate": 2e-3, "warmup_steps": 200, "learning_rate_decay_steps": 15_000,
+    "eval_interval": 2_500, "target_update_interval": 25,
 }  # fmt: skip
 
 
@@ -405,8 +407,7 @@ def init_state(observation_shape: tuple[int, ...], model: Model) -> TrainState:
     init_key, key = jax.random.split(jax.random.PRNGKey(model.args.seed))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *observation_shape)), jnp.zeros(1, jnp.int32))
     optimizer_state = make_optimizer(model.args).init(params)
-    state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
-    return jax.device_put(jax.device_get(state), P())  # on every device
+    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer_state, key)
 
 
 def sample_windows(key: jax.Array, num_steps: int, args: Args) -> jax.Array:
@@ -469,13 +470,11 @@ def require(is_right: Any, fault: str) -> None:
 
 def load_dataset(folder: Path, args: Args) -> tuple[Steps, np.ndarray, dict[str, Any]]:
     """A dataset's steps [N], with memory-mapped frames; the rows [M] of a fraction of its episodes; and its meta.json.
-
     Format: data/README.md in the repository.
-    Raises InputError for a dataset that is missing or damaged, of another game, or would make training silently wrong.
-    """
+    Raises InputError for a dataset that is missing or damaged, of another game, or would make training silently wrong."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        data = Steps(*(np.load(folder / f"{field}.npy", mmap_mode="r") for field in Steps._fields))
+        data = Steps(*(np.load(folder / f"{field}.npy", "r" if field == "observation" else None) for field in Steps._fields))
         env_id, length, num_actions = meta["env_id"], meta["steps"], meta["num_actions"]
     except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
         raise InputError(f"the dataset {folder} is missing or damaged ({error}): name another by --data-dir") from None
@@ -498,50 +497,62 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, np.ndarray, dict[str,
     return data, kept.nonzero()[0].astype(np.int32), meta
 
 
-def batches(data: Steps, rows: np.ndarray, key: Any, step: int, args: Args) -> Iterator[Steps]:
-    """Windows [B, 3 + T] of these rows for update `step` and all after it, from device memory, host memory or disk."""
-    memory = jax.local_devices()[0].memory_stats() or {"bytes_limit": 0, "bytes_in_use": 0}  # a CPU tells none
-    fits = memory["bytes_limit"] - memory["bytes_in_use"] > 2 * len(rows) * data.observation[0].nbytes
-    windows_key = jax.device_get(jax.random.split(key, 3)[0])
-    everywhere, split = key.sharding, NamedSharding(key.sharding.mesh, P("batch"))
-    index = jax.jit(lambda t: sample_windows(jax.random.fold_in(windows_key, t), len(rows), args))
+def read_frames(file: np.memmap, rows: np.ndarray) -> np.ndarray:
+    """Frames [..., 84, 84] at rows [...] of the file. Rows that lie side by side are read at once: disks are fast so."""
+    frames = np.empty((rows.size, *file.shape[1:]), np.uint8)
+    starts = np.flatnonzero(np.diff(rows.ravel(), prepend=-2) != 1)
+    with open(str(file.filename), "rb", buffering=0) as raw:
+        for start, end in zip(starts, [*starts[1:], rows.size], strict=True):
+            raw.seek(file.offset + int(rows.flat[start]) * frames[0].nbytes)
+            raw.readinto(frames[start:end].data)
+    return frames.reshape(*rows.shape, *file.shape[1:])
 
-    def place(at: np.ndarray, where: NamedSharding) -> Steps:
+
+def batches(data: Steps, rows: np.ndarray, key: Any, step: int, args: Args) -> Iterator[Steps]:
+    """Windows [B, 3 + T] of these rows for update `step` and all after it, from device memory or ahead from the disk."""
+    split, count, bytes_needed = NamedSharding(key.sharding.mesh, P("batch")), jax.device_count(), len(rows) * 84 * 84
+    windows_key = jax.device_get(jax.random.split(key, 3)[0])
+    index = jax.jit(lambda t: sample_windows(jax.random.fold_in(windows_key, t), len(rows), args))
+    memory = jax.local_devices()[0].memory_stats() or {"bytes_limit": 0, "bytes_in_use": 0}  # a CPU tells none
+    room = (memory["bytes_limit"] - memory["bytes_in_use"]) // 2
+
+    def place(at: np.ndarray, where: Any) -> Steps:
         """The steps at these rows of the dataset. Every process brings what its own devices need."""
 
-        def place_array(x: Any) -> Any:
-            return jax.make_array_from_callback((*at.shape, *x.shape[1:]), where, lambda part: x[at[part[0]]])  # type: ignore[index]
+        def bring(x: np.ndarray) -> jax.Array:
+            read = functools.partial(read_frames, x) if isinstance(x, np.memmap) else x.__getitem__
+            return jax.make_array_from_callback((*at.shape, *x.shape[1:]), where, lambda part: read(at[part[0]]))  # type: ignore
 
-        return jax.tree.map(place_array, data)
+        return jax.tree.map(bring, data)
 
-    def read(t: int) -> Steps:
+    def read_batch(t: int) -> Steps:
         return place(rows[np.asarray(index(np.int32(t)))], split)
 
-    if args.data_place == "device" or (args.data_place == "auto" and fits):
-        steps = place(rows, everywhere)
+    if args.data_place == "device" or (args.data_place == "auto" and bytes_needed < room * count):
+        where = split if bytes_needed > room > 0 else key.sharding  # too much for one device: each has a share of the rows
+        padded = np.append(rows, np.zeros(-len(rows) % count, np.int32))
+        pieces = [place(piece, where) for piece in np.split(padded, range(10_000 * count, len(padded), 10_000 * count))]
+        steps = jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
         gather = jax.jit(lambda steps, t: jax.tree.map(lambda x: x[index(t)], steps), out_shardings=split)
         yield from (gather(steps, np.int32(t)) for t in itertools.count(step))
-    with ThreadPoolExecutor(1) as pool:  # reads four batches ahead of their use
-        waiting = deque(pool.submit(read, t) for t in range(step, step + 4))
-        for t in itertools.count(step + 4):
+    with ThreadPoolExecutor(args.data_readers) as pool:  # each reads a batch ahead of its use
+        waiting = deque(pool.submit(read_batch, t) for t in range(step, step + args.data_readers))
+        for t in itertools.count(step + args.data_readers):
             yield waiting.popleft().result()
-            waiting.append(pool.submit(read, t))
+            waiting.append(pool.submit(read_batch, t))
 
 
 # --------------------------------------------------------------------------------- Environments, acting and evaluation
 
 
-def make_environments(env_id: str, seeds: list[int]) -> Any:
-    """A game for each of the seeds, side by side; the step after an episode's end resets, and ignores its action.
-
-    Observations [V, 4, 84, 84] uint8, newest frame last, and all else as when the datasets were made (Dopamine: Castro et
-    al. 2018); rewards are the game's own.
-    """
+def make_environments(env_id: str, seeds: list[int], rom_dir: Path | None = None) -> Any:
+    """Games [V] side by side. Observations [V, 4, 84, 84] uint8, newest frame last; rewards are the game's own. The settings
+    are Dopamine's (Castro et al. 2018), as of the datasets; for some games the datasets' ROMs are others (data/README.md)."""
     dopamine: dict[str, Any] = {
         "stack_num": 4, "repeat_action_probability": 0.25, "use_fire_reset": False, "episodic_life": False,
         "noop_max": 1,  # a reset plays one no-op frame; 0 hangs or crashes EnvPool 1.2.5
         "max_episode_steps": 27_000,  # 108,000 frames, half an hour of play
-        "reward_clip": False, "full_action_space": False,
+        "reward_clip": False, "full_action_space": False, **({"base_path": str(rom_dir)} if rom_dir else {}),
     }  # fmt: skip
     seeds = [seed % 2**31 for seed in seeds]
     return envpool.make(f"{env_id}-v5", env_type="gymnasium", num_envs=len(seeds), seed=seeds, **dopamine)
@@ -550,7 +561,7 @@ def make_environments(env_id: str, seeds: list[int]) -> Any:
 def write_video(path: Path, frames: list[np.ndarray]) -> None:
     """Writes frames uint8 [84, 84], 15 to a second as the games are played, each pixel enlarged to 4 x 4."""
     path.parent.mkdir(exist_ok=True)
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 15, (336, 336), isColor=False)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"VP90"), 15, (336, 336), isColor=False)
     for frame in frames:
         writer.write(np.kron(frame, np.ones((4, 4), np.uint8)))
     writer.release()
@@ -574,7 +585,7 @@ def evaluate(state: TrainState, model: Model, meta: dict[str, Any], run_dir: Pat
     returns, the normalised score is (return - random play) / (online DQN - random play)."""
     number, step = model.args.eval_episodes, int(state.step)
     act_seed, *seeds = np.random.SeedSequence([model.args.seed, step]).generate_state(1 + number).tolist()
-    environments = make_environments(model.args.env_id, seeds)
+    environments = make_environments(model.args.env_id, seeds, model.args.rom_dir)
     params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
     observation, _ = environments.reset()  # [V, 4, 84, 84]
     returns, is_playing = np.zeros(number), np.ones(number, bool)
@@ -589,7 +600,7 @@ def evaluate(state: TrainState, model: Model, meta: dict[str, Any], run_dir: Pat
             returns += np.where(is_playing, reward, 0)
             is_playing &= ~(terminated | truncated)
     if model.args.capture_video:
-        write_video(run_dir / "videos" / f"{step}.mp4", film)
+        write_video(run_dir / "videos" / f"{step}.webm", film)
     scores = {f"eval/return_{name}": float(getattr(returns, name)()) for name in ("mean", "std", "min", "max")}
     if reference := meta.get("reference_returns"):
         gain, whole = scores["eval/return_mean"] - reference["random"], reference["online_dqn"] - reference["random"]
@@ -606,9 +617,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=Args(**CPU_SIZE), description=__doc__) if args.cpu_size else args
     require(not (args.resume and args.run_dir), "--resume goes on in the folder that it names: name no --run-dir beside it")
     if args.resume:
-        saved = args.resume / "args.json"
-        require(saved.exists(), f"{args.resume} is not the folder of a run: it has no args.json")
-        args = tyro.cli(Args, args=argv, default=Args(**json.loads(saved.read_text())["args"]), description=__doc__)
+        require((args.resume / "args.json").exists(), f"{args.resume} is not the folder of a run: it has no args.json")
+        saved = Args(**json.loads((args.resume / "args.json").read_text())["args"])
+        args = tyro.cli(Args, args=argv, default=saved, description=__doc__)
+        require(args.seed == saved.seed, "--seed cannot be changed: the random key is in the checkpoint")
+    elif args.run_dir and (args.run_dir / "args.json").exists():  # the same command goes on, in a job that is queued again
+        saved = Args(**json.loads((args.run_dir / "args.json").read_text())["args"])
+        same = vars(args) | {name: getattr(saved, name) for name in ("data_dir", "resume", "run_dir")} == vars(saved)
+        require(same, f"{args.run_dir} has a run with other settings: name another --run-dir, or go on with --resume")
     require(not args.eval_only or (args.resume and args.eval_episodes), "--eval-only needs --resume and --eval-episodes")
     require(not args.distributed or args.resume or args.run_dir, "--distributed needs --run-dir: all train in one folder")
     require(args.sampling or args.num_simulations == Args.num_simulations, "--num-simulations is used with --sampling only")
@@ -619,7 +635,6 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     """Trains until the end or until stopped_by holds a signal; or, with --eval-only, scores the last checkpoint."""
     jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))  # P("batch") is a share for each device, P() is the whole
     require(args.batch_size % jax.device_count() == 0, f"--batch-size cannot be shared by {jax.device_count()} devices")
-    require(f"{args.env_id}-v5" in envpool.list_all_envs(), f"EnvPool has no game {args.env_id}; names are as in MsPacman")
     name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.resume or args.run_dir or Path("runs", name)
     folder = args.data_dir or Path("datasets/atari", args.env_id)
@@ -629,13 +644,14 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         meta = json.loads((run_dir / "args.json").read_text())["dataset"]
     else:
         data, rows, meta = load_dataset(folder, args)
-    found, wanted = envpool.make_spec(f"{args.env_id}-v5").gymnasium_action_space.n, meta["num_actions"]
-    require(found == wanted, f"{args.env_id} has {found} actions, the dataset {wanted}")
+    if args.eval_episodes:
+        require(f"{args.env_id}-v5" in envpool.list_all_envs(), f"EnvPool has no game {args.env_id}; one is MsPacman")
+        found, wanted = envpool.make_spec(f"{args.env_id}-v5").gymnasium_action_space.n, meta["num_actions"]
+        require(found == wanted, f"{args.env_id} has {found} actions, the dataset {wanted}")
     model = Model(meta["num_actions"], args)
-    state = init_state((84, 84, 4), model)
+    state = jax.device_put(jax.device_get(init_state((84, 84, 4), model)), P())  # on every device
 
-    if first := jax.process_index() == 0:  # of several processes the first writes and talks
-        run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+    first = jax.process_index() == 0  # of several processes the first writes and talks
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
     if args.eval_only or checkpoints.latest_step():
@@ -645,6 +661,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         except Exception as error:  # Orbax raises many kinds
             raise InputError(f"the last checkpoint of {run_dir} cannot be read: {str(error)[:300]}") from None
     step = int(state.step)
+    require(step <= args.total_steps, f"{run_dir} has made {step} updates: --total-steps is {args.total_steps}")
     if args.eval_only:
         print(json.dumps({"step": step, **evaluate(state, model, meta, run_dir)}))
         return
@@ -661,37 +678,48 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), resume="auto", dir=run_dir)
+        if "notice" in meta and not args.rom_dir:
+            print(meta["notice"])
         print(f"{run_dir}: {len(rows)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}")
 
     windows = batches(data, rows, state.key, step, args)
     batch = next(windows)
     compiled = update_windows.lower(state, batch, model).compile()
     bar = tqdm(initial=step, total=args.total_steps, unit="update", disable=None if first else True)
-    sums, first_step, logged_step, seconds = dict[str, float](), step, step, 0.0
+    sums, first_step, logged_step, seconds, wait_seconds = dict[str, float](), step, step, 0.0, 0.0
+    running = list[dict[str, jax.Array]]()  # metrics of the updates on the device
+    intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval)
     while step < args.total_steps and not stopped_by:
         start = time.perf_counter()
         state, metrics = compiled(state, batch)
+        wait_seconds -= time.perf_counter()
         batch = next(windows)
-        sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(metrics).items()}  # waits
-        step, seconds = step + 1, seconds + time.perf_counter() - start
+        wait_seconds += time.perf_counter()
+        step, running = step + 1, [*running, metrics]
+        is_due = stopped_by or step in (first_step + 1, args.total_steps) or 0 in [step % every for every in intervals]
+        while len(running) > (0 if is_due else 1):  # waits for all updates but one, so that the device always has work
+            sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(running.pop(0)).items()}
+        seconds += time.perf_counter() - start
         bar.update(1)
-        if not np.isfinite([sums["total_loss"], sums["grad_norm"], sums["param_norm"]]).all():
+        if sums and not np.isfinite([sums["total_loss"], sums["grad_norm"], sums["param_norm"]]).all():
             sys.exit(f"error: loss or gradient is not finite after {step} updates; {run_dir} keeps its last checkpoint")
         if first and step == first_step + 1 and jax.default_backend() == "cpu" and not args.cpu_size:
             bar.write(f"no accelerator: an update takes {seconds:.2f} s; --cpu-size suits a CPU")
         done, line = step == args.total_steps, dict[str, float]()
         if done or step % args.log_interval == 0:
             line = {f"train/{name}": value / (step - logged_step) for name, value in sums.items()}
-            line["train/updates_per_second"] = (step - logged_step) / seconds
-            sums, logged_step, seconds = {}, step, 0.0
+            line |= {"train/updates_per_second": (step - logged_step) / seconds, "train/wait_seconds": wait_seconds}
+            sums, logged_step, seconds, wait_seconds = {}, step, 0.0, 0.0
         if args.eval_episodes and (done or step % args.eval_interval == 0):
-            line |= evaluate(state, model, meta, run_dir)
+            start = time.perf_counter()
+            line |= {**evaluate(state, model, meta, run_dir), "eval/seconds": time.perf_counter() - start}
         if line and first:
             log_file.write(json.dumps({"step": step, **line}) + "\n")
-            shown = ("train/total_loss", "train/updates_per_second", "eval/return_mean", "eval/normalized_score")
-            bar.write(f"{step} updates: " + ", ".join(f"{name} {line[name]:.4g}" for name in shown if name in line))
+            shown = [name for name in line if "eval/" in name or name in ("train/total_loss", "train/updates_per_second")]
+            bar.write(f"{step} updates: " + ", ".join(f"{name} {line[name]:.4g}" for name in shown))
             if args.track:
-                wandb.log(line, step=step)
+                video = run_dir / "videos" / f"{step}.webm"
+                wandb.log(line | ({"eval/video": wandb.Video(str(video))} if video.exists() else {}), step=step)
         if done or stopped_by or step % args.checkpoint_interval == 0:  # last: a kill loses only what comes after it
             checkpoints.save(step, args=ocp.args.StandardSave(state))
 
@@ -705,6 +733,7 @@ if __name__ == "__main__":
 
     try:
         args = parse_args()
+        jax.config.update("jax_compilation_cache_dir", os.getenv("JAX_COMPILATION_CACHE_DIR", f"{Path.home()}/.cache/jax"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         shares = [n for n in range(1, min(cores, 8) + 1) if args.batch_size % n == 0]
         jax.config.update("jax_num_cpu_devices", args.cpu_devices or shares[-1])
@@ -714,7 +743,6 @@ if __name__ == "__main__":
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
         main(args, stopped_by)
-    except (InputError, ValidationError, FileExistsError) as error:
+    except (InputError, ValidationError, FileExistsError, NotADirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(128 + stopped_by[0] if stopped_by else 0)
