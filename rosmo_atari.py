@@ -547,7 +547,7 @@ def batches(data: Steps, rows: np.ndarray, key: Any, step: int, args: Args) -> I
 
 def make_environments(env_id: str, seeds: list[int], rom_dir: Path | None = None) -> Any:
     """Games [V] side by side. Observations [V, 4, 84, 84] uint8, newest frame last; rewards are the game's own. The settings
-    are Dopamine's (Castro et al. 2018), as of the datasets; for some games the datasets' ROMs are others (data/README.md)."""
+    are Dopamine's (Castro et al. 2018), as of the datasets, whose ROMs are others for some games (data/README.md)."""
     dopamine: dict[str, Any] = {
         "stack_num": 4, "repeat_action_probability": 0.25, "use_fire_reset": False, "episodic_life": False,
         "noop_max": 1,  # a reset plays one no-op frame; 0 hangs or crashes EnvPool 1.2.5
@@ -634,6 +634,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def main(args: Args, stopped_by: Any = ()) -> None:
     """Trains until the end or until stopped_by holds a signal; or, with --eval-only, scores the last checkpoint."""
     jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))  # P("batch") is a share for each device, P() is the whole
+    require(":/" not in f"{args.resume} {args.run_dir}", "the folder of a run is on a disk of this machine, not a URL")
     require(args.batch_size % jax.device_count() == 0, f"--batch-size cannot be shared by {jax.device_count()} devices")
     name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.resume or args.run_dir or Path("runs", name)

@@ -548,6 +548,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def main(args: Args, stopped_by: Any = ()) -> None:
     """Trains until the end or until stopped_by holds a signal; or, with --eval-only, scores the last checkpoint."""
     jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))  # P("batch") is a share for each device, P() is the whole
+    require(":/" not in f"{args.resume} {args.run_dir}", "the folder of a run is on a disk of this machine, not a URL")
     require(args.batch_size % jax.device_count() == 0, f"--batch-size cannot be shared by {jax.device_count()} devices")
     name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.resume or args.run_dir or Path("runs", name)

@@ -73,10 +73,17 @@ def convert(
         found = open_minari(minari, observation_key)
         if found.shape == FRAME:
             raise InputError(f"{folder} has images: python -m data.convert_atari converts them")
+    elif not any(folder.rglob("features.json")):
+        formats = "Minari's, or BSuite's as TensorFlow Datasets prepared it (features.json)"
+        raise InputError(
+            f"{source} is no dataset of these formats: {formats}. For other logs see data/README.md, your own data"
+        )
     elif env_id is None:
         raise InputError("name the task that the data are of by --env-id")
     else:
         found = open_prepared(folder, env_id, noise)
+    if env_id not in (None, found.meta.get("env_id")):
+        found.meta.pop("env_spec", None)
     env_id = env_id or found.meta.get("env_id")
     if env_id is None:
         raise InputError(f"{folder} names no environment: name it by --env-id")

@@ -80,11 +80,12 @@ def as_python(value: Any) -> Any:
 
 
 def as_numbers(name: str, values: ArrayLike) -> NDArray:
-    """An array [L, ...] of integers or floats. Raises InputError for anything else."""
+    """An array [L, ...] of integers or floats; booleans become floats. Raises InputError for anything else."""
     try:
         array = np.asarray(values)
     except (TypeError, ValueError):
         raise InputError(f"{name} have no common shape, or are no numbers") from None
+    array = array.astype(np.float32) if array.dtype.kind == "b" else array
     if array.dtype.kind not in "iuf" or array.ndim == 0:
         raise InputError(f"{name} must be an array of numbers, one row a step, not {array.dtype} {array.shape}")
     return array
@@ -141,9 +142,10 @@ class DatasetWriter:
         observation, action = as_numbers("observations", observation), as_numbers("actions", action)
         reward, length, end = as_numbers("rewards", reward), len(action), np.asarray(terminal)
         if length < 1 or len(observation) != length + 1 or len(reward) != length:
+            flat = "; data/README.md says what to do with logs that have none after the last action"
             raise InputError(
-                f"an episode needs one observation more than actions and rewards, "
-                f"but it has {len(observation)}, {length} and {len(reward)}"
+                f"an episode needs one observation more than actions and rewards, but it has {len(observation)}, {length} "
+                f"and {len(reward)}{flat if len(observation) == length else ''}"
             )
         for name, array in (("actions", action), ("rewards", reward)):
             if array.ndim != 1:
@@ -335,6 +337,7 @@ class Source(NamedTuple):
     length: float  # about how many an episode has
     meta: dict[str, Any]  # for meta.json
     shape: tuple[int, ...] = FRAME  # of an observation
+    finish: Callable[[], None] = lambda: None  # called when the last episode is written
 
 
 def optional(*names: str) -> list[Any]:
@@ -397,10 +400,21 @@ def convert_source(source: Source, out: Path, percentage: float = 100.0, max_epi
                 raise InputError(f"{where}: {error}") from None
             bar.update(len(observation))
     print(writer.summary(out))
+    source.finish()
     return out
 
 
 # -------------------------------------------------------------------------------------------------------------- Programs
+
+
+def record_default(folder: Path, program: Callable[[], object]) -> None:
+    """Records a script's default dataset; what its user can put right becomes one sentence and exit code 2."""
+    try:
+        program()
+    except InputError as error:
+        if not folder.exists():  # else another program has recorded it meanwhile
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 def run_program(program: Callable[[], object]) -> None:

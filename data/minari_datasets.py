@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 from numpy.typing import NDArray
 
 from data.dataset import FRAME, Episode, InputError, Source, optional
@@ -44,20 +45,48 @@ def to_frame(image: NDArray) -> NDArray | None:
     return cv2.resize(image, FRAME, interpolation=cv2.INTER_AREA)
 
 
+def read_dataset(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Minari's dataset, and of meta.json env_id and env_spec: the environment as the dataset says to evaluate in it.
+
+    Prints a sentence where that cannot be made again: scores are then of the plain env_id.
+    """
+    (minari,) = optional("minari")
+    storage, spec, fault = minari.dataset.minari_storage.MinariStorage.read(folder), None, None
+    try:
+        dataset = minari.MinariDataset(storage)
+        spec = dataset._eval_env_spec or dataset.env_spec
+        if spec is not None:
+            gymnasium.make(spec).close()
+    except (gymnasium.error.UnregisteredEnv, gymnasium.error.DependencyNotInstalled, ModuleNotFoundError):
+        pass  # where the agent is scored, the environment may be installed
+    except Exception as error:  # of a user's wrapper; or of a spec that another version of Gymnasium wrote
+        fault = error
+        if spec is None:  # then the data may be whole: without the spec they are read, or damaged
+
+            class Plain(type(storage)):  # type: ignore[misc]
+                metadata = property(lambda self: super().metadata | {"env_spec": None, "eval_env_spec": None})
+
+            storage.__class__ = Plain
+            dataset = minari.MinariDataset(storage)
+    if fault is not None:
+        print(f"{folder}: its environment cannot be made again as the data say ({fault}); scores will be of the plain one")
+    meta = {"env_id": dataset.env_spec.id} if dataset.env_spec else {}
+    return dataset, meta | ({"env_spec": spec.to_json()} if spec is not None and fault is None else {})
+
+
 def open_minari(folder: Path, key: str | None = None) -> Source:
     """Opens a dataset by its folder data. Images become gray frames of 84x84, other observations float32.
 
     key: which of the observations to take where they are Dict. The meta has num_actions, and env_id if the dataset names it.
     Raises InputError for damaged files, and for observations or actions of another kind.
     """
-    minari, *_ = optional("minari", "h5py", "pyarrow")
+    optional("minari", "h5py", "pyarrow")
     try:
-        dataset = minari.MinariDataset(folder)
+        dataset, meta = read_dataset(folder)
         space, actions = dataset.observation_space, dataset.action_space
         steps, episodes = dataset.total_steps + dataset.total_episodes, dataset.total_episodes
         scores = [dataset.storage.metadata.get(score) for score in REFERENCES.values()]
-        meta: dict[str, Any] = {"source": f"Minari, {dataset.id}"}
-        meta |= {"env_id": dataset.env_spec.id} if dataset.env_spec else {}
+        meta |= {"source": f"Minari, {dataset.id}"}
         if None not in scores and np.ptp(scores) > 0:
             meta["reference_returns"] = dict(zip(REFERENCES, scores, strict=True))
     except Exception as error:  # each of Minari's readers has its own
@@ -67,7 +96,7 @@ def open_minari(folder: Path, key: str | None = None) -> Source:
         found = "no Dict observations: leave out" if keys == [None] else f"observations {', '.join(keys)}: choose one by"
         raise InputError(f"{folder} has {found} --observation-key")
     space = space if key is None else space[key]
-    shape: tuple[int, ...] = space.shape if isinstance(space, Box) else ()
+    shape: tuple[int, ...] = space.shape if isinstance(space, Box | MultiBinary) else ()
     image = sum(size >= SIDE for size in shape) > 1
     a_frame = image and 0 not in shape and space.dtype == np.uint8 and to_frame(np.zeros(shape, np.uint8)) is not None
     if not (a_frame if image else 1 <= len(shape) <= 3):

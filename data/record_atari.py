@@ -20,7 +20,7 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data.dataset import STEP_BYTES, InputError, check_disk, describe, run_program, summarize, write_dataset
+from data.dataset import STEP_BYTES, InputError, check_disk, describe, record_default, run_program, summarize, write_dataset
 
 DEFAULT_STEPS = 100_000  # of the dataset that the training scripts record where there is none
 NOISE_LEVELS = (0.0, 0.1, 0.3, 0.6, 1.0)  # of the simple programs
@@ -38,12 +38,18 @@ class Args:
     seed: int = 0  # of the policy and the environments
     num_envs: int = 16  # environments side by side; each keeps its running episode in memory, at most 190 MB
     out: Path | None = None  # folder to make; by default where the training scripts look for it, under datasets/atari/
+    rom_dir: Path | None = None  # folder with atari/roms/*.bin, to play other ROMs than EnvPool's
 
 
 # --------------------------------------------------------------------------------------------------------------- Games
 
 # RL Unplugged's returns of its 46 games: random play, the online DQN that made the data, and PRIOR_METHODS, all offline.
 SCORES: dict[str, dict[str, float]] = json.loads((Path(__file__).parent / "rlu_atari_scores.json").read_text())
+# Of these EnvPool has other ROMs, and shows other pictures, than atari-py 0.2.5, with which the data were recorded.
+OTHER_ROMS = (
+    "Amidar", "Assault", "BankHeist", "Carnival", "Centipede", "DoubleDunk", "Gopher", "Pooyan", "VideoPinball",
+    "WizardOfWor", "BattleZone", "IceHockey", "Riverraid", "RoadRunner", "NameThisGame",
+)  # fmt: skip
 PRIOR_METHODS = ("BC", "BCQ", "DQN", "IQN", "REM")
 
 
@@ -85,8 +91,10 @@ def environment_seeds(seed: int, num_envs: int) -> list[int]:
     return [int(state) >> 1 for state in np.random.SeedSequence(seed).generate_state(num_envs)]
 
 
-def make_environments(env_id: str, num_envs: int, seed: int, sticky_actions: float = 0.25) -> Any:
-    """Makes an EnvPool of num_envs games that behave as those of RL Unplugged did (Dopamine's: Castro et al. 2018).
+def make_environments(
+    env_id: str, num_envs: int, seed: int, sticky_actions: float = 0.25, rom_dir: Path | None = None
+) -> Any:
+    """Makes an EnvPool of num_envs games with the settings of RL Unplugged (Dopamine's: Castro et al. 2018).
 
     After a reset all four frames of a stack are the first one. The step *after* an episode's end is its reset: it ignores
     the action, and returns the next episode's first observation, reward 0, and info["elapsed_step"] 0. Environment i is the
@@ -112,6 +120,7 @@ def make_environments(env_id: str, num_envs: int, seed: int, sticky_actions: flo
         reward_clip=False,
         full_action_space=False,
         max_episode_steps=27_000,  # 108,000 frames, half an hour of play
+        **({"base_path": str(rom_dir)} if rom_dir else {}),
     )
 
 
@@ -233,7 +242,7 @@ def record(args: Args) -> Path:
     Raises InputError for impossible settings, a folder that exists already, or too little room on the disk.
     """
     out = default_folder(args.env_id) if args.out is None else args.out
-    environments = make_environments(args.env_id, args.num_envs, args.seed)
+    environments = make_environments(args.env_id, args.num_envs, args.seed, rom_dir=args.rom_dir)
     # Every episode has an observation more than it has actions.
     check_disk(out, 1.02 * args.steps * STEP_BYTES, "name fewer --steps or another --out")
     policy: Callable[[Step], NDArray] = RandomPolicy(num_actions(args.env_id), args.seed)
@@ -282,15 +291,15 @@ def record_if_missing(env_id: str) -> Path:
     """The default dataset's folder; what is not there yet is announced and recorded."""
     folder = default_folder(env_id)
     if not folder.exists():
-        num_actions(env_id)  # a wrong name is an error before anything is announced
         policy: Literal["random", "scripted"] = "scripted" if env_id in SCRIPTS else "random"
-        print(f"There is no dataset {folder}: recording {DEFAULT_STEPS:,} steps of {PLAYERS[policy]}. This is not")
-        print("RL Unplugged's data and gives no score to compare; data/README.md says how to get the real ones.", flush=True)
-        try:
+
+        def program() -> None:
+            num_actions(env_id)  # a wrong name is an error before anything is announced
+            print(f"There is no dataset {folder}: recording {DEFAULT_STEPS:,} steps of {PLAYERS[policy]}. This is not")
+            print("RL Unplugged's data and gives no score to compare; data/README.md says how to get the real ones.")
             record(Args(env_id, policy, DEFAULT_STEPS))
-        except InputError:
-            if not folder.exists():  # else another program has recorded it meanwhile
-                raise
+
+        record_default(folder, program)
     return folder
 
 

@@ -22,7 +22,7 @@ from bsuite.environments import base, cartpole, catch, mountain_car
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data.dataset import InputError, run_program, write_dataset
+from data.dataset import InputError, record_default, run_program, write_dataset
 
 ENVIRONMENTS = {"catch": catch.Catch, "cartpole": cartpole.Cartpole, "mountain_car": mountain_car.MountainCar}
 EPISODES = {"catch": 2000, "cartpole": 1000, "mountain_car": 500}
@@ -213,11 +213,7 @@ def record_if_missing(env_id: str, noise: float) -> Path:
     if not folder.exists():
         print(f"There is no dataset {folder}: recording all that a DQN sees while it learns {env_id}, as was done for the")
         print("paper. data/README.md says how to bring in the paper's own datasets.", flush=True)
-        try:
-            record(env_id, noise)
-        except InputError:
-            if not folder.exists():  # else another program has recorded it meanwhile
-                raise
+        record_default(folder, lambda: record(env_id, noise))
     return folder
 
 

@@ -98,15 +98,26 @@ def open_records(files: list[Path], actions: str, parse: Parse) -> Source:
 
 def open_shards(files: list[Path]) -> Source:
     """RL Unplugged's shards: GZIP TFRecords, one example an episode. A last discount of 0 means a terminal end."""
+    returns: list[tuple[float, float]] = []  # of the rewards that are kept, and as the record says
 
     def parse(example: dict[str, Any], where: str) -> Columns:
         try:
-            terminal = bool(example["discounts"][-1] == 0)
-            return example["observations"], example["actions"], example["clipped_rewards"], terminal
+            if "o_t" in example:
+                raise InputError(
+                    f"{where}: these are RL Unplugged's single transitions, shuffled (its folder atari, 100 files a run). "
+                    f"The episodes in order are needed (its folder atari_episodes_ordered, 50 files)"
+                )
+            reward, terminal = example["clipped_rewards"], bool(example["discounts"][-1] == 0)
+            returns.append((float(np.sum(reward[:-1])), float(example["clipped_episode_return"][0])))
+            return example["observations"], example["actions"], reward, terminal
         except (KeyError, IndexError) as error:
             raise InputError(f"{where}: the record is no episode of RL Unplugged: {error!r}") from None
 
-    return open_records(files, "actions", parse)
+    def finish() -> None:
+        others = sum(abs(kept - said) > 1e-3 for kept, said in returns)
+        print(f"{others} of {len(returns)} episodes have another clipped_episode_return than the rewards that are kept")
+
+    return open_records(files, "actions", parse)._replace(finish=finish)
 
 
 def open_prepared(files: list[Path]) -> Source:
