@@ -646,6 +646,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     else:
         data, rows, meta = load_dataset(folder, args)
     if args.eval_episodes:
+        require(not args.rom_dir or any(args.rom_dir.glob("atari/roms/*.bin")), f"{args.rom_dir} has no atari/roms/*.bin")
         require(f"{args.env_id}-v5" in envpool.list_all_envs(), f"EnvPool has no game {args.env_id}; one is MsPacman")
         found, wanted = envpool.make_spec(f"{args.env_id}-v5").gymnasium_action_space.n, meta["num_actions"]
         require(found == wanted, f"{args.env_id} has {found} actions, the dataset {wanted}")
