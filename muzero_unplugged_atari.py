@@ -685,7 +685,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         require((args.resume / "args.json").exists(), f"{args.resume} is not the folder of a run: it has no args.json")
         saved = Args(**json.loads((args.resume / "args.json").read_text())["args"])
         args = tyro.cli(Args, args=argv, default=saved, description=__doc__)
-        require(args.seed == saved.seed, "--seed cannot be changed: the random key is in the checkpoint")
+        require((args.seed, args.cpu_size) == (saved.seed, saved.cpu_size), "--seed and --cpu-size stay as they were")
     elif args.run_dir and (args.run_dir / "args.json").exists():  # the same command goes on, in a job that is queued again
         saved = Args(**json.loads((args.run_dir / "args.json").read_text())["args"])
         same = vars(args) | {name: getattr(saved, name) for name in ("data_dir", "resume", "run_dir")} == vars(saved)
@@ -749,7 +749,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), resume="auto", dir=run_dir)
-        if "notice" in meta and not args.rom_dir:
+        if "notice" in meta:
             print(meta["notice"])
         print(f"{run_dir}: {len(rows)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}")
 

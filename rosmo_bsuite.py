@@ -567,8 +567,8 @@ def main(args: Args, stopped_by: Any = ()) -> None:
             environments = gymnasium.make_vec(spec, args.eval_episodes, "sync")
         except Exception as error:  # the environment's own
             raise InputError(f"{args.env_id} cannot be made: {error!r}") from error
-        found = environments.single_action_space, environments.single_observation_space.shape
-        wanted = gymnasium.spaces.Discrete(meta["num_actions"]), tuple(meta["observation_shape"])
+        found = f"{environments.single_action_space} and {environments.single_observation_space.shape}"
+        wanted = f"{gymnasium.spaces.Discrete(meta['num_actions'])} and {tuple(meta['observation_shape'])}"
         require(found == wanted, f"{args.env_id} has actions and observations {found}, the dataset {wanted}")
     model = Model(meta["num_actions"], args)
     state = init_state((int(np.prod(meta["observation_shape"])),), model)

@@ -21,7 +21,7 @@ import tyro
 from data.dataset import FRAME, InputError, Source, convert_source, run_program
 from data.dqn_replay import OBSERVATIONS, open_checkpoints
 from data.minari_datasets import DATA, find_source, open_minari
-from data.record_atari import OTHER_ROMS, default_folder, games, num_actions, reference_returns
+from data.record_atari import OTHER_ROMS, TALL_SCREENS, default_folder, games, num_actions, reference_returns
 from data.rl_unplugged import PREPARED, SHARDS, download, open_prepared, open_shards
 from data.tfrecords import dataset_info
 
@@ -114,9 +114,12 @@ def open_source(args: Args, out: Path) -> Source:
             raise InputError(f"{files[0]} has {source.meta['num_actions']} actions, but {args.env_id} has {actions}")
         meta = {"benchmark": "atari", "num_actions": actions, "reference_returns": reference_returns(args.env_id)}
         if name != "minari" and args.env_id in OTHER_ROMS:
-            meta["notice"] = (
-                f"EnvPool plays another ROM of {args.env_id} than the data's; its pictures differ: see --rom-dir"
+            old = (
+                "of the data's it shows 210 of 250 lines"
+                if args.env_id in TALL_SCREENS
+                else "--rom-dir brings in the data's"
             )
+            meta["notice"] = f"EnvPool shows other pictures of {args.env_id} than the data: its ROM is another one; {old}"
     taken = {"files": [file.name for file in files], "percentage": args.percentage, "max_episodes": args.max_episodes}
     return source._replace(meta=meta | source.meta | taken | {"env_id": args.env_id})
 
