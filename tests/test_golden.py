@@ -55,7 +55,7 @@ class Case(NamedTuple):
             def search(params, key, state, prediction, model):
                 lead = prediction.policy_logits.shape[:-1]
                 t = jnp.arange(np.prod(lead)).reshape(lead) % window  # roots [B, T], or [B T] in this order
-                return self.script.Search(None, policy[t], value[t])
+                return None, policy[t], value[t]
 
             monkeypatch.setattr(self.script, "search", search)
 
@@ -146,12 +146,12 @@ def test_search(case, num_simulations, search_depth):
     model = case.script.Model(case.model.num_actions, args)
     params, state = case.parameters("params0"), jnp.asarray(case.golden["net_state"])
     prediction = model.bind(params).prediction(state)
-    result = case.script.search(params, jax.random.PRNGKey(3), state, prediction, model)
-    counts, theirs = (np.asarray(policy) * num_simulations for policy in (result.policy, expected["policy"]))
+    action, policy, value = case.script.search(params, jax.random.PRNGKey(3), state, prediction, model)
+    counts, theirs = (np.asarray(each) * num_simulations for each in (policy, expected["policy"]))
     np.testing.assert_allclose(theirs, np.round(theirs), atol=1e-5)
     assert np.array_equal(np.round(counts), np.round(theirs))
-    assert np.array_equal(result.action, expected["action"])
-    assert relative(result.value, expected["root_value"]) < 1e-4
+    assert np.array_equal(action, expected["action"])
+    assert relative(value, expected["root_value"]) < 1e-4
 
 
 @pytest.mark.parametrize("case", ROSMO + MZU)
