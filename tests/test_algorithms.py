@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,12 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 import muzero_unplugged_atari as mzu_atari
 import muzero_unplugged_bsuite as mzu
 import rosmo_atari
 import rosmo_bsuite as rosmo
+from tests.programs import is_atari
 
 KEY = jax.random.PRNGKey(7)
 BSUITE = {
@@ -35,10 +36,6 @@ ATARI = {
 }  # fmt: skip
 ALL = [pytest.param(script, id=script.__name__) for script in (rosmo, rosmo_atari, mzu, mzu_atari)]
 ROSMO, MZU = ALL[:2], ALL[2:]
-
-
-def is_atari(script: Any) -> bool:
-    return script in (rosmo_atari, mzu_atari)
 
 
 def small_model(script: Any, **flags: Any) -> Any:
@@ -208,17 +205,6 @@ def test_the_cheap_encoder():
     assert_close(model.bind(params).representation(jnp.asarray(image, jnp.uint8)), x)
 
 
-def products(jaxpr: Any) -> list[Any]:
-    """Types of what is multiplied in the convolutions and matrix products of a program."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
-            found += [variable.aval.dtype for variable in equation.invars]
-        for inner in jaxprs_in_params(equation.params):
-            found += products(inner)
-    return found
-
-
 @pytest.mark.parametrize("script", [rosmo, rosmo_atari])
 def test_bfloat16_is_the_networks_only(script):
     """Parameters and predictions, of which all else is made, stay float32; convolutions and products are of bfloat16."""
@@ -235,7 +221,8 @@ def test_bfloat16_is_the_networks_only(script):
         return states, [net.prediction(state) for state in states]
 
     states, predicted = jax.eval_shape(predictions, params)
-    assert kinds(states) == set(products(jax.make_jaxpr(predictions)(params).jaxpr)) == {jnp.bfloat16.dtype}
+    products = re.findall(r"(\w+)\[\S* = (?:conv_general_dilated|dot_general)", str(jax.make_jaxpr(predictions)(params)))
+    assert kinds(states) == {jnp.bfloat16.dtype} and set(products) == {"bf16"}
     assert kinds(predicted) == kinds(params) == {np.dtype("float32")}
 
 

@@ -111,22 +111,6 @@ def test_noise_replaces_actions(monkeypatch):
         assert not noise or np.bincount(actions.ravel(), minlength=3)[1:].min() > 400 * noise
 
 
-def test_act_sees_stacks_with_the_newest_frame_last(monkeypatch):
-    """And its network has the newest frame in the last channel."""
-    act, seen = rosmo_atari.act, []
-    evaluated(rosmo_atari, monkeypatch, act=lambda *arguments: seen.append(arguments[2]) or random_act(*arguments))
-    assert seen[3].shape == (5, 4, 84, 84) and seen[3][1, :, 5, 7].tolist() == [0, 20, 40, 60]
-
-    def representation(self, observation):
-        seen.append(observation)
-        raise StopIteration
-
-    monkeypatch.setattr(rosmo_atari.Model, "representation", representation)
-    with pytest.raises(StopIteration), jax.disable_jit():
-        act.__wrapped__({}, None, jnp.asarray(seen[3]), rosmo_atari.Model(3, rosmo_atari.Args()))
-    assert seen[-1].shape == (5, 84, 84, 4) and seen[-1][1, 5, 7].tolist() == [0, 20, 40, 60]
-
-
 def test_video(monkeypatch, tmp_path):
     """The first environment's episode, frame by frame: the newest of each stack."""
     settings = {"eval_episodes": 3, "step": 30, "run_dir": tmp_path}

@@ -60,7 +60,10 @@ def benchmarks(algorithm: str) -> Pair:
     return Pair(
         f"{algorithm}_bsuite.py",
         f"{algorithm}_atari.py",
-        only=networks | frames | environments | {"import cv2", "write_video", "CPU_SIZE", "from jax.sharding"},  # BSuite has no pictures
+        only=networks
+        | frames
+        | environments
+        | {"import cv2", "write_video", "CPU_SIZE", "from jax.sharding"},  # BSuite has no pictures
         rewritten={
             "docstring",  # other commands and packages
             "Model",  # networks of convolutions
@@ -72,7 +75,8 @@ def benchmarks(algorithm: str) -> Pair:
             "Args": f"^    (env_id|data_dir|noise|data_place|unroll_steps|bootstrap_steps|num_bins|encoder|{sizes}"
             "|eval_interval|log_interval|capture_video|cpu_size):",
             "Steps": '"""|observation: ',
-            "load_dataset": r'def |"""|Format:|Raises|fifbbb|uifbbb|np.load|arrays do not|env_id|observation|return|isfinite',
+            "load_dataset": r'def |"""|Format:|Raises|fifbbb|uifbbb|np.load|arrays do not|env_id|observation|return'
+            "|isfinite",
             "act": '"""|representation',  # the shapes of observations
             "evaluate": r'def |"""|nois|film|video|normalised|seed|reset|number, step',  # noise; a video
             "parse_args": "cpu_size",
@@ -137,22 +141,11 @@ def test_scripts_are_in_step(pair):
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("pair", PAIRS[:2], ids=NAMES[:2])
-def test_algorithms_differ_in_few_lines(pair):
-    lines = difflib.ndiff(*(source.splitlines() for source in sources(pair)))
-    assert sum(line[0] in "+-" for line in lines) <= 190
-
-
 @pytest.mark.parametrize(
     ("which", "old", "new"),
     [
-        (0, "weight_decay: NonNegativeFloat = 1e-4", "weight_decay: NonNegativeFloat = 1e-3"),  # a setting
         (0, "return jnp.sign(x) * (jnp.sqrt(", "return jnp.sign(x) * 1 * (jnp.sqrt("),  # a line of a function
-        (0, "which loses no digits to cancellation", "which loses no digits"),  # a docstring
-        (0, "def support", "def supports"),  # a name
         (0, '"value_loss": cross_entropy(', '"value_loss": 2 * cross_entropy('),  # in a function that may lack other lines
-        (0, "# ---", "# --"),  # a section's heading
-        (0, "os.replace(", "os.rename("),  # the plumbing
         (2, "is_playing &= ~(terminated | truncated)", "is_playing &= ~terminated"),  # the evaluation
         (2, "data.is_last[data.is_terminal].all()", "data.is_last.all()"),  # what a dataset must be
     ],

@@ -4,7 +4,6 @@ rosmo_bsuite.py stands for both scripts of its benchmark, and rosmo_atari.py too
 """
 
 import dataclasses
-import errno
 import json
 import os
 import re
@@ -19,7 +18,6 @@ from pathlib import Path
 import gymnasium
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from pydantic import ValidationError
 
@@ -270,6 +268,9 @@ def test_a_second_signal_ends_the_program_itself(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", signalled)
     assert as_program(rosmo_bsuite, monkeypatch, *flags, "--run-dir", tmp_path / "run") == 128 + signum
     assert handlers[signum] is signal.SIG_DFL and checkpoint_steps(tmp_path / "run") == []
+    monkeypatch.undo()
+    run(rosmo_bsuite, ["--resume", tmp_path / "run", "--total-steps", 10])  # from the start, as there is no checkpoint
+    assert [line["step"] for line in metrics(tmp_path / "run")] == checkpoint_steps(tmp_path / "run") == [10]
 
 
 @both
@@ -282,24 +283,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, request, tmp_path):
         run(script, [*flags, *settings])
     assert checkpoint_steps(tmp_path / "run") == [1] and [line["step"] for line in metrics(tmp_path / "run")] == [1]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(last_state(script, tmp_path / "run")))
-
-
-def test_a_full_disk(flags, tmp_path, monkeypatch):
-    """The first checkpoint cannot be written: once there is room, the same folder goes on from the start."""
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-    arguments = [*flags, "--total-steps", 10, "--run-dir", tmp_path / "run"]
-    with pytest.raises(OSError, match="No space left"):
-        run(rosmo_bsuite, arguments)
-    before = metrics(tmp_path / "run")
-    monkeypatch.undo()
-    with pytest.raises(FileExistsError):
-        run(rosmo_bsuite, arguments)
-    run(rosmo_bsuite, ["--resume", tmp_path / "run"])
-    assert metrics(tmp_path / "run") == before and checkpoint_steps(tmp_path / "run") == [10]
 
 
 @pytest.mark.parametrize(
@@ -321,19 +304,13 @@ def test_a_batch_is_split_over_the_cores(cores, flags, devices, monkeypatch):
     ("script", "arguments", "sentence"),
     [
         (rosmo_bsuite, ["--env-id", "cach"], "doesn't exist. Did you mean: `catch`?"),
-        (rosmo_bsuite, ["--env-id", "cartpole"], "is of ('catch', 0.0), not of ('cartpole', 0.0)"),
-        (rosmo_bsuite, ["--noise", 0.1], "is of ('catch', 0.0), not of ('catch', 0.1)"),
         (rosmo_bsuite, ["--batch-size", 15], "--batch-size cannot be shared by 2 devices"),
-        (rosmo_bsuite, ["--unroll-steps", 8], "has no episode of 12 steps, a window"),
         (rosmo_bsuite, ["--num-simulations", 8], "--num-simulations is used with --sampling only"),
-        (rosmo_bsuite, ["--data-dir", "nowhere"], "nowhere is missing or damaged"),
         (rosmo_bsuite, ["--eval-only"], "--eval-only needs --resume"),
         (rosmo_bsuite, ["--resume", "nowhere"], "nowhere is not the folder of a run"),
         (rosmo_bsuite, ["--resume", "x", "--run-dir", "y"], "name no --run-dir beside it"),
         (rosmo_bsuite, ["--distributed"], "--distributed needs --run-dir"),
         (rosmo_atari, ["--env-id", "ALE/MsPacman-v5"], "names are as in MsPacman"),
-        (rosmo_atari, ["--env-id", "Pong"], "is of Breakout, not of Pong"),
-        (rosmo_atari, ["--bootstrap-steps", 100000], "has no episode of 100003 steps"),
         (muzero_unplugged_bsuite, ["--search-depth", 5], "--search-depth is at most --num-simulations"),
         (muzero_unplugged_bsuite, ["--tau", 0.5], "--tau has no part in --policy-target visit_counts"),
         (muzero_unplugged_bsuite, ["--policy-target", "mzu_q", "--temperature", 2], "--temperature has no part in"),
