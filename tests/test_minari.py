@@ -215,7 +215,6 @@ def test_sources_of_frames(tmp_path, store):
         (Box(0, 255, (3, 84, 84), np.uint8), THREE, r"observations of uint8 \(3, 84, 84\)"),  # colours, or a stack
         (VECTOR, Discrete(3, start=1), r"actions of Discrete\(3, start=1\): wanted is Discrete, from 0"),
         (VECTOR, Box(-np.arange(40.0), np.arange(40.0), dtype=np.float64), r"actions of Box.*: wanted is Discrete, from 0"),
-        (Box(0, 255, (84, 84, 0), np.uint8), THREE, r"observations of uint8 \(84, 84, 0\): wanted is"),
         (VECTOR, Discrete(2), r"episode 0: actions are from 0 to 1, but here is 2"),
     ],
 )

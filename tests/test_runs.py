@@ -315,7 +315,6 @@ def test_a_batch_is_split_over_the_cores(cores, flags, devices, monkeypatch):
         (muzero_unplugged_bsuite, ["--tau", 0.5], "--tau has no part in --policy-target visit_counts"),
         (muzero_unplugged_bsuite, ["--policy-target", "mzu_q", "--temperature", 2], "--temperature has no part in"),
         (muzero_unplugged_bsuite, ["--policy-target", "gumbel", "--dirichlet-fraction", 0], "--dirichlet-fraction has no"),
-        (muzero_unplugged_bsuite, ["--policy-target", "gumbel", "--tau", 0.5], "--tau has no part in"),
     ],
 )
 def test_what_a_user_gets_wrong(request, tmp_path, script, arguments, sentence):
