@@ -10,21 +10,20 @@ import inspect
 import itertools
 import json
 import math
+import re
 from typing import Any, NamedTuple
 
-import gymnasium
 import jax
 import jax.numpy as jnp
 import mctx
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 import muzero_unplugged_atari as mzu_atari
 import muzero_unplugged_bsuite as mzu
 import rosmo_atari
 import rosmo_bsuite as rosmo
-from benchmark.search import random_network, search_by_mctx
+from tests.programs import is_atari
 
 KEY = jax.random.PRNGKey(7)
 BSUITE = {
@@ -37,10 +36,6 @@ ATARI = {
 }  # fmt: skip
 ALL = [pytest.param(script, id=script.__name__) for script in (rosmo, rosmo_atari, mzu, mzu_atari)]
 ROSMO, MZU = ALL[:2], ALL[2:]
-
-
-def is_atari(script: Any) -> bool:
-    return script in (rosmo_atari, mzu_atari)
 
 
 def small_model(script: Any, **flags: Any) -> Any:
@@ -210,17 +205,6 @@ def test_the_cheap_encoder():
     assert_close(model.bind(params).representation(jnp.asarray(image, jnp.uint8)), x)
 
 
-def products(jaxpr: Any) -> list[Any]:
-    """Types of what is multiplied in the convolutions and matrix products of a program."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
-            found += [variable.aval.dtype for variable in equation.invars]
-        for inner in jaxprs_in_params(equation.params):
-            found += products(inner)
-    return found
-
-
 @pytest.mark.parametrize("script", [rosmo, rosmo_atari])
 def test_bfloat16_is_the_networks_only(script):
     """Parameters and predictions, of which all else is made, stay float32; convolutions and products are of bfloat16."""
@@ -237,7 +221,8 @@ def test_bfloat16_is_the_networks_only(script):
         return states, [net.prediction(state) for state in states]
 
     states, predicted = jax.eval_shape(predictions, params)
-    assert kinds(states) == set(products(jax.make_jaxpr(predictions)(params).jaxpr)) == {jnp.bfloat16.dtype}
+    products = re.findall(r"(\w+)\[\S* = (?:conv_general_dilated|dot_general)", str(jax.make_jaxpr(predictions)(params)))
+    assert kinds(states) == {jnp.bfloat16.dtype} and set(products) == {"bf16"}
     assert kinds(predicted) == kinds(params) == {np.dtype("float32")}
 
 
@@ -328,7 +313,7 @@ def test_sampled_policy_is_of_draws_from_the_prior(script, number):
 def test_labels_and_actions_are_the_searchs(script, monkeypatch):
     """From a search with the given parameters and key in the observations' states."""
     root, model, asked = roots(script, 12), small_model(script), []
-    found = script.Search(action=jnp.arange(12) % 3, policy=root.prior[::-1], value=jnp.arange(12.0))
+    found = Found(action=jnp.arange(12) % 3, policy=root.prior[::-1], value=jnp.arange(12.0))
 
     def search(*arguments: Any) -> Any:
         asked.append(arguments[:-1])
@@ -368,13 +353,21 @@ def test_actions_are_drawn_from(script, sampling):
 # -------------------------------------------------------------------------------------------------------------- Search
 
 
+class Found(NamedTuple):
+    """What a search returns."""
+
+    action: Any
+    policy: Any
+    value: Any
+
+
 @functools.cache
 def searched(repeat: int, **flags: Any) -> tuple[Roots, Any]:
     """64 roots, `repeat` times each, and their searches."""
     root = roots(mzu, 64)
     root = Roots(root.params, *jax.tree.map(lambda x: jnp.repeat(x, repeat, axis=0), tuple(root[1:])))
     search = jax.jit(functools.partial(mzu.search, model=small_model(mzu, **flags)))
-    return root, jax.tree.map(np.asarray, search(root.params, KEY, root.state, root.prediction))
+    return root, Found(*jax.tree.map(np.asarray, search(root.params, KEY, root.state, root.prediction)))
 
 
 def test_mzu_q():
@@ -402,11 +395,25 @@ def test_temperature_0_acts_by_a_most_visited_action():
 
 
 def both_searches(num_actions: int, **settings: Any) -> tuple[Any, Any]:
-    """The script's and mctx's, of the same roots, model and key. The model's values are of both signs and around 1."""
-    model, *arguments = random_network(num_actions, 64, scale=0.1, **settings)
-    arguments.insert(1, KEY)
+    """The script's and mctx's, of the same 64 roots, model and key."""
+    model = mzu.Model(num_actions, mzu.Args(**settings))
+    net = model.bind(params := random_parameters(model))
+    state = net.representation(observations(mzu, 64))
+    arguments = params, KEY, state, net.prediction(state)
     ours, theirs = (jax.jit(functools.partial(f, model=model))(*arguments) for f in (mzu.search, search_by_mctx))
-    return jax.tree.map(np.asarray, ours), jax.tree.map(np.asarray, theirs)
+    return Found(*jax.tree.map(np.asarray, ours)), Found(*jax.tree.map(np.asarray, theirs))
+
+
+def search_by_mctx(params: Any, key: jax.Array, state: jax.Array, prediction: Any, model: Any) -> tuple:
+    args = model.args
+    value = mzu.to_scalar(prediction.value_logits)
+    root = mctx.RootFnOutput(prior_logits=prediction.policy_logits, value=value, embedding=state)
+    policy, settings = mctx.muzero_policy, {"dirichlet_fraction": args.dirichlet_fraction, "temperature": args.temperature}
+    if args.policy_target == "gumbel":
+        policy, settings = mctx.gumbel_muzero_policy, {}
+    step, depth = functools.partial(mzu.expand, model=model), args.search_depth or args.num_simulations
+    result = policy(params, key, root, step, args.num_simulations, max_depth=depth, **settings)
+    return result.action, result.action_weights, result.search_tree.summary().value
 
 
 def relative_to_the_largest(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -435,15 +442,9 @@ def test_search_at_small_discounts(discount):
 
 
 def test_gumbel_search_is_mctxs():
-    settings = {"num_simulations": 8, "search_depth": 3, "discount": 0.6}
-    model, params, state, prediction = random_network(3, 64, policy_target="gumbel", **settings)
-    ours = jax.jit(functools.partial(mzu.search, model=model))(params, KEY, state, prediction)
-    value, step = mzu.to_scalar(prediction.value_logits), functools.partial(mzu.expand, model=model)
-    root = mctx.RootFnOutput(prior_logits=prediction.policy_logits, value=value, embedding=state)
-    result = jax.jit(lambda: mctx.gumbel_muzero_policy(params, KEY, root, step, num_simulations=8, max_depth=3))()
-    assert np.array_equal(ours.action, result.action)
-    assert_close(ours.policy, result.action_weights)
-    assert_close(ours.value, result.search_tree.summary().value)
+    ours, theirs = both_searches(3, policy_target="gumbel", num_simulations=8, search_depth=3, discount=0.6)
+    assert np.array_equal(ours.action, theirs.action)
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("num_simulations", "visited"), [(1, [1, 0, 0, 0]), (6, [2, 2, 1, 1])])
@@ -455,8 +456,8 @@ def test_ties_are_broken_uniformly(num_simulations, visited):
     net = model.bind(state.params)
     states = net.representation(jax.random.normal(KEY, (num_roots, 50)))
     search = jax.jit(functools.partial(mzu.search, model=model))
-    result = search(state.params, KEY, states, net.prediction(states))
-    visits = np.round(num_simulations * np.asarray(result.policy)).astype(int)
+    _, policy, _ = search(state.params, KEY, states, net.prediction(states))
+    visits = np.round(num_simulations * np.asarray(policy)).astype(int)
     assert (np.sort(visits) == sorted(visited)).all()
     counts = np.unique(visits, axis=0, return_counts=True)[1]
     assert len(counts) == math.comb(4, visited.count(max(visited)))
@@ -607,7 +608,7 @@ def test_updates_one_by_one_and_in_one_call():
     model = small_model(rosmo, target_update_interval=3, learning_rate=0.01, warmup_steps=1)
     data = dataset(rosmo, [9, 20, 11])
     labels = random_labels(len(data.action))
-    states, sums = [jax.device_put(train_state(rosmo, model), rosmo.sharding())], []
+    states, sums = [jax.device_put(train_state(rosmo, model), jax.P())], []
     for step in range(1, 8):
         before = states[-1]
         after, metrics = rosmo.update_many(jax.tree.map(jnp.copy, before), jnp.int32(1), data, labels, model)
@@ -624,16 +625,12 @@ def test_updates_one_by_one_and_in_one_call():
 
 
 def with_draws_as_metrics(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Updates give as metrics what their targets are made of, and change nothing."""
+    """Updates give as metrics what they are made of, and change nothing."""
 
-    def make_targets(key: jax.Array, batch: Any, labels: Any, args: Any) -> dict:
-        return {"key": key, "reward": batch.reward, "labels": labels}
+    def update(state: Any, key: jax.Array, batch: Any, labels: Any, model: Any) -> tuple[Any, dict]:
+        return state._replace(step=state.step + 1), {"key": key, "reward": batch.reward, "labels": labels}
 
-    def loss(params: Any, batch: Any, targets: dict, model: Any) -> tuple[jax.Array, dict]:
-        return sum(0.0 * x.sum() for x in jax.tree.leaves(params)), targets
-
-    monkeypatch.setattr(script, "make_targets", make_targets)
-    monkeypatch.setattr(script, "loss", loss)
+    monkeypatch.setattr(script, "update", update)
 
 
 def test_draws_of_updates(monkeypatch):
@@ -651,10 +648,13 @@ def test_draws_of_updates(monkeypatch):
 
 
 def test_draws_and_labels_of_an_atari_update(monkeypatch):
-    """Labels of the windows' stacks come from the target parameters; updates, labels and actions have keys of their own."""
+    """Labels of the windows' stacks come from the target parameters; updates, labels on each of the two devices and actions
+    have keys of their own."""
 
     def make_labels(params: Any, key: jax.Array, batch: Any, model: Any) -> Any:
-        return rosmo_atari.Labels(value=key, policy=batch.observation, advantage=params["params"]["with_action"]["kernel"])
+        assert batch.action.shape == (2, 4)
+        kernel = params["params"]["with_action"]["kernel"]
+        return rosmo_atari.Labels(value=key[None], policy=batch.observation, advantage=kernel[None])
 
     with_draws_as_metrics(rosmo_atari, monkeypatch)
     monkeypatch.setattr(rosmo_atari, "make_labels", make_labels)
@@ -668,14 +668,15 @@ def test_draws_and_labels_of_an_atari_update(monkeypatch):
         after, drawn = rosmo_atari.update_windows(state, windows, model)
         assert int(after.step) == step + 1 and np.array_equal(drawn["reward"], windows.reward[:, 3:])
         assert np.array_equal(drawn["key"], jax.random.fold_in(actions_key, step))
-        assert np.array_equal(drawn["labels"].value, jax.random.fold_in(labels_key, step))
+        key = jax.random.fold_in(labels_key, step)
+        assert np.array_equal(drawn["labels"].value, [jax.random.fold_in(key, i) for i in range(2)])
         assert np.array_equal(drawn["labels"].policy, rosmo_atari.stack_frames(windows).observation)
-        assert np.array_equal(drawn["labels"].advantage, kernel)
+        assert np.array_equal(drawn["labels"].advantage, [kernel, kernel])
 
 
 def test_labels_of_a_dataset(monkeypatch):
-    """By the target parameters, of the steps that the interval's windows read, with a key for every chunk of these and
-    every interval, wherever in it the state is; zeros elsewhere."""
+    """By the target parameters, of the steps that the interval's windows read, with a key for every device, chunk of
+    these and interval, wherever in it the state is; zeros elsewhere."""
 
     def make_labels(params: Any, key: jax.Array, steps: Any, model: Any) -> Any:
         policy = jnp.broadcast_to(jax.random.uniform(key, (3,)), (len(steps.action), 3))
@@ -690,7 +691,7 @@ def test_labels_of_a_dataset(monkeypatch):
         keys = [jax.random.fold_in(windows_key, t) for t in range(first, first + 4)]
         read = np.unique([rosmo.sample_windows(key, 9000, model.args) for key in keys])
         assert 6 * 1024 < len(read) < 8900
-        chunks = np.arange(len(read)) // (1024 * jax.device_count())
+        chunks = np.arange(len(read)) // 1024  # a device's
         keys = [jax.random.fold_in(jax.random.fold_in(labels_key, first), i) for i in range(chunks[-1] + 1)]
         expected = jax.tree.map(np.zeros_like, labels)
         expected.value[read] = data.reward[read]
@@ -729,33 +730,3 @@ def test_labels_are_made_anew_for_every_interval(catch_dataset, tmp_path, monkey
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [30, 33, 60, 90, 120, 137]
     assert {line["train/total_loss"] for line in lines} == {1.0}
-
-
-# ---------------------------------------------------------------------------------------------------------- Evaluation
-
-
-@pytest.mark.parametrize("script", [rosmo, rosmo_atari])
-def test_evaluation_acts_with_the_parameters(script, monkeypatch, tmp_path):
-    """Not with the target parameters, and with another key at every step and in every evaluation."""
-    model = script.Model(4 if is_atari(script) else 3, script.Args(eval_episodes=2))
-    keys = []
-
-    class Enough(Exception):
-        pass
-
-    def act(params: Any, key: jax.Array, observation: Any, model: Any) -> np.ndarray:
-        assert params["params"] == {"which": 1}
-        keys.append(tuple(np.asarray(key).tolist()))
-        if len(keys) % 3 == 0:
-            raise Enough
-        return np.zeros(len(observation), np.int32)
-
-    monkeypatch.setattr(script, "act", act)
-    for step in (0, 1):
-        params, target_params = ({"params": {"which": jnp.int32(which)}} for which in (1, 2))
-        state = script.TrainState(jnp.int32(step), params, target_params, None, KEY)
-        environments = gymnasium.make_vec("catch", 2, "sync")
-        arguments = (state, model, {}, tmp_path) if is_atari(script) else (state, environments, model, {})
-        with pytest.raises(Enough):
-            script.evaluate(*arguments)
-    assert len(set(keys)) == 6

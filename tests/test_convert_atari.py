@@ -2,7 +2,6 @@
 
 import gzip
 import http.server
-import io
 import re
 import shutil
 import struct
@@ -93,15 +92,6 @@ def test_a_part_of_the_data(tmp_path, source, settings, kept):
     assert_equals(convert(breakout(tmp_path / "new", source, **settings)), fixture_episodes(kept))
 
 
-def test_single_files(tmp_path):
-    out = convert(breakout(tmp_path / "raw", RAW / "Breakout" / "run_1-00001-of-00003"))
-    assert_equals(out, fixture_episodes(range(4, 8)))
-    (file,) = TFDS.rglob("*checkpoint_02*")
-    assert_equals(convert(breakout(tmp_path / "tfds", file)), fixture_episodes(range(8, 12)))
-    out = convert(breakout(tmp_path / "dqn", DQN / "$store$_observation_ckpt.1.gz"))
-    assert open_dataset(out).meta["episodes"] == 3
-
-
 def test_percentages_are_spread_evenly():
     for percentage in (0.1, 1, 10, 33.3, 70, 100):
         taken = list(subset(range(10_000), percentage, None))
@@ -187,44 +177,29 @@ def one(folder, pattern):
 
 
 def edit(path, old, new):
-    path.write_text(path.read_text().replace(old, new))
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 @pytest.mark.parametrize(
     ("source", "damage", "sentence"),
     [
-        (RAW, lambda s: cut(one(s, "*01-of*"), 90_000), r"run_1-00001-of-00003 is damaged or cut short at record \d"),
         (RAW, lambda s: flip_a_bit(one(s, "*01-of*"), 90_000), r"run_1-00001-of-00003 is damaged .* at record \d"),
         (RAW, lambda s: flip_a_bit(one(s, "*01-of*"), -3), r"run_1-00001-of-00003 is damaged .* at record 4"),
         (RAW, lambda s: cut(one(s, "*02-of*"), 0), r"run_1-00002-of-00003 is damaged or cut short: it holds no episode"),
-        (RAW, lambda s: one(s, "*01-of*").unlink(), r"Breakout lacks shard 1; --shards converts a part"),
         (RAW, lambda s: one(s, "*02-of*").unlink(), r"Breakout lacks shard 2; --shards converts a part"),
         (RAW, lambda s: (s / "Breakout").rename(s / "Pong"), r"run_1-00000-of-00003 is of Pong, not of Breakout"),
-        (RAW, lambda s: shutil.rmtree(s / "Breakout"), r"holds no files of a known format"),
-        (RAW, lambda s: one(s, "*02-of*").rename(s / "run_2-00000-of-00001"), r"several datasets .*run 2"),
-        (TFDS, lambda s: cut(one(s, "*_01.tf*"), 90_000), r"checkpoint_01\.tfrecord-00000-of-00001 is damaged .* record \d"),
-        (TFDS, lambda s: flip_a_bit(one(s, "*_01.tf*"), 90_000), r"checkpoint_01\.tfrecord-00000-of-00001 is damaged"),
         (TFDS, lambda s: flip_a_bit(one(s, "*_01.tf*"), 1), r"checkpoint_01\.tf\S* is damaged .* record 0: its length"),
-        (TFDS, lambda s: one(s, "*_02.tf*").unlink(), r"1\.1\.0 lacks shard 2; --shards"),
         (TFDS, lambda s: edit(one(s, "features.json"), '"float32"', '"float99"'), r"record 0: steps/reward is .*float99"),
-        (
-            TFDS,
-            lambda s: edit(one(s, "features.json"), '"shape": {}', '"shape": 7'),
-            r"record 0: steps/action is missing, or",
-        ),
         (TFDS, lambda s: edit(one(s, "features.json"), '"image": {', '"picture": {'), r"not PNG images, but None"),
         (TFDS, lambda s: edit(one(s, "features.json"), '"png"', '"jpeg"'), r"not PNG images, but jpeg"),
-        (TFDS, lambda s: one(s, "features.json").unlink(), r"holds 0 datasets"),
         (TFDS, lambda s: edit(one(s, "dataset_info.json"), "Breakout_run", "Pong_run"), r"is of Pong, not of Breakout"),
         (TFDS, lambda s: edit(one(s, "dataset_info.json"), '"splits"', "splits"), r"dataset_info.json is damaged"),
         (DQN, lambda s: cut(one(s, "*observation_ckpt.1.gz"), 9_000), r"observation_ckpt.1.gz is damaged .* from row \d+"),
         (DQN, lambda s: drop_a_frame(one(s, "*observation_ckpt.1.gz")), r"observation_ckpt.1.gz is damaged .*: it ends"),
-        (DQN, lambda s: flip_a_bit(one(s, "*observation_ckpt.0.gz"), 20_000), r"observation_ckpt.0.gz is damaged"),
         (DQN, lambda s: flip_a_bit(one(s, "*observation_ckpt.0.gz"), -6), r"observation_ckpt.0.gz is damaged"),
-        (DQN, lambda s: flip_a_bit(one(s, "*action_ckpt.0.gz"), -6), r"action_ckpt.0.gz is damaged"),
-        (DQN, lambda s: cut(one(s, "*terminal_ckpt.1.gz"), 0), r"terminal_ckpt.1.gz is damaged"),
         (DQN, lambda s: one(s, "*reward_ckpt.1.gz").unlink(), r"reward_ckpt.1.gz is missing"),
-        (DQN, lambda s: one(s, "*observation_ckpt.0.gz").unlink(), r"source lacks shard 0; --shards"),
         (DQN, lambda s: shutil.copy(one(s, "*reward_ckpt.1.gz"), one(s, "*reward_ckpt.0.gz")), r"ckpt.0.gz holds uint8"),
     ],
 )
@@ -235,31 +210,6 @@ def test_damaged_sources_are_named_and_nothing_is_left(tmp_path, source, damage,
         convert(breakout(tmp_path / "new", tmp_path / "source"))
     assert str(tmp_path / "source") in str(error.value) and "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "sentence"),
-    [
-        ("$store$_action", lambda x: x.astype(np.int64), r"action_ckpt.0.gz holds int64 \(20,\), not a column of int32"),
-        ("$store$_action", lambda x: x[:, None], r"action_ckpt.0.gz holds int32 \(20, 1\), not a column"),
-        ("$store$_reward", lambda x: x + np.float32("nan"), r"row 0: rewards are not finite"),
-        ("$store$_terminal", lambda x: x[:0], r"terminal_ckpt.0.gz holds uint8 \(0,\), not a column of uint8"),
-        ("add_count", lambda x: np.int64(0), r"add_count_ckpt.0.gz holds int64 0, not one number of rows, from 1 on"),
-        ("add_count", lambda x: np.arange(2), r"add_count_ckpt.0.gz holds int64 \(2,\), not one number"),
-        ("add_count", lambda x: np.array("20"), r"add_count_ckpt.0.gz holds <U2 '20', not one number"),
-    ],
-)
-def test_columns_of_other_things_are_refused(tmp_path, name, change, sentence):
-    columns = replay_rows(20, [8])
-    folder = write_checkpoint(tmp_path / "dqn", 0, *columns, add_count=20)
-    path = folder / f"{name}_ckpt.0.gz"
-    with gzip.open(path) as file:
-        column = np.load(io.BytesIO(file.read()))
-    with gzip.open(path, "wb") as file:
-        np.save(file, change(column))
-    with pytest.raises(InputError, match=sentence):
-        convert(breakout(tmp_path / "new", folder))
-    assert not (tmp_path / "new").exists()
 
 
 def read_example(record):
@@ -294,10 +244,7 @@ def set_value(name, kind, index, value):
     ("change", "sentence"),
     [
         (set_image(png((80, 84))), r", step 7: the observation is uint8 \(80, 84\), not a gray image of 84x84"),
-        (set_image(png((84, 84, 3))), r", step 7: the observation is uint8 \(84, 84, 3\)"),
-        (set_image(png((84, 84), np.uint16)), r", step 7: the observation is uint16"),
         (set_image(b"no image"), r", step 7: the observation is no image"),
-        (set_image(b""), r", step 7: the observation is no image"),
         (set_value("actions", "int64_list", 5, 4), r": actions are from 0 to 3, but here is 4"),
         (lambda feature: feature["actions"].int64_list.value.pop(), r": 10 observations, 9 actions"),
         (lambda feature: feature.pop("discounts"), r": the record is no episode of RL Unplugged"),
@@ -315,26 +262,6 @@ def test_episodes_that_do_not_fit_are_refused(tmp_path, change, sentence):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_episodes_without_a_step_are_passed_over(tmp_path):
-    def shorten(feature):
-        for name in ("observations", "actions", "clipped_rewards", "discounts"):
-            values = getattr(feature[name], feature[name].WhichOneof("kind")).value
-            del values[1:]
-
-    shutil.copytree(RAW, tmp_path / "source")
-    rewrite(one(tmp_path / "source", "run_1-00001*"), shorten)
-    kept = [i for i in range(12) if i != 5]
-    assert_equals(convert(breakout(tmp_path / "new", tmp_path / "source")), fixture_episodes(kept))
-
-
-def test_another_games_actions_are_refused(tmp_path):
-    shutil.copytree(DQN, tmp_path / "source")
-    with pytest.raises(InputError, match=r"row 0: actions are from 0 to 2, but here is 3"):
-        convert(Args("Freeway", source=(tmp_path / "source",), out=tmp_path / "new"))
-    with pytest.raises(InputError, match="Breakout"):
-        convert(Args("Brekout", source=(RAW,), out=tmp_path / "new"))
-
-
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -342,11 +269,8 @@ def test_another_games_actions_are_refused(tmp_path):
         ({"source": (FIXTURES / "rlu_breakout",)}, "several datasets"),
         ({"source": (RAW,), "run": 2}, "no files of a known format"),
         ({"source": (RAW,), "shards": ("3",)}, "Breakout lacks shard 3$"),
-        ({"source": (DQN,), "shards": ("12",)}, "dqn_replay_breakout lacks shard 12$"),
         ({"source": (RAW,), "shards": ("2-1",)}, "numbers and ranges"),
-        ({"source": (RAW,), "shards": ("all",)}, "numbers and ranges"),
         ({"source": (RAW,), "percentage": 0.0}, "above 0 and at most 100"),
-        ({"source": (RAW,), "percentage": 100.1}, "above 0 and at most 100"),
         ({"source": (RAW,), "percentage": 1.0}, "there is no episode to write"),
         ({"source": (RAW,), "max_episodes": 0}, "--max-episodes at least 1"),
         ({}, "--source, or a run of RL Unplugged"),
@@ -452,40 +376,15 @@ def test_a_download_that_never_ends_leaves_whole_files_only(tmp_path, bucket):
     assert list(downloaded(tmp_path)) == ["run_1-00000-of-00050"] and not (tmp_path / "new").exists()
 
 
-def test_a_download_is_not_begun_without_room(tmp_path, bucket, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(rl_unplugged, "SHARD_STEPS", 1_000_000)
-    for free, settings, sentence in [
-        (21e9, {}, r"new needs about 21\.2 GB, and 21 GB are free there: take less by --shards or --percentage"),
-        (1e5, {"max_episodes": 1}, r"downloads needs about 0\.000486 GB, and 0\.0001 GB are free there"),
-    ]:
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
-        with pytest.raises(InputError, match=sentence):
-            download(tmp_path, **settings)
-        assert bucket.gets == [] and list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=15e9))
-    download(tmp_path, percentage=200 / 3)
-    with pytest.raises(InputError, match="exists already"):
-        download(tmp_path, shards=("0", "7"))
-
-
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"run": 6}, r"404.*run_6-00000-of-00050; check --run and --shards"),
-        ({"shards": ("0", "50")}, r"404.*run_1-00050-of-00050"),
         ({"shards": ()}, r"404.*run_1-00003-of-00050"),  # all are asked for; the fixture has three
         *(({"env_id": game, "shards": ()}, rf"404.*{game}/run_1-00000-of-00049") for game in rl_unplugged.SHORT_GAMES),
-        ({"env_id": "Brekout"}, "did you mean 'Breakout'"),
     ],
 )
 def test_nothing_to_download(tmp_path, bucket, settings, sentence):
     with pytest.raises(InputError, match=sentence):
         download(tmp_path, **settings)
     assert list(tmp_path.iterdir()) == [] and bucket.gets == []
-
-
-def test_no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(rl_unplugged, "BUCKET", "http://127.0.0.1:1")
-    with pytest.raises(InputError, match=r"the download stopped: .*127\.0\.0\.1.*refused"):
-        download(tmp_path)

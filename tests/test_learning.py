@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import muzero_unplugged_bsuite
-import rosmo_atari
 import rosmo_bsuite
 from data.dataset import open_dataset
 from tests.programs import metrics, program, scores
@@ -37,22 +35,3 @@ def test_rosmo_learns_the_longer_tasks(tmp_path, monkeypatch, env_id):
     monkeypatch.chdir(tmp_path)
     flags = ("--env-id", env_id, "--total-steps", 20000, "--eval-interval", 20000)
     assert learn(rosmo_bsuite, *flags)[0]["eval/normalized_score"] >= 0.9
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_muzero_unplugged_learns_catch(tmp_path, monkeypatch):
-    """It swings, so the mean of the last ten of twenty evaluations counts (50,000 updates, three minutes)."""
-    monkeypatch.chdir(tmp_path)
-    learn(muzero_unplugged_bsuite, "--total-steps", 50000, "--eval-interval", 2500)
-    returns = [line["eval/return_mean"] for line in scores(metrics(Path("run")))]
-    assert len(returns) == 20 and sum(returns[10:]) / 10 >= 0.5  # random play has -0.667
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_rosmo_learns_freeway(tmp_path, monkeypatch):
-    """At the CPU size, after 2,000 updates (ten minutes), it plays better than its data's mean of about 14."""
-    monkeypatch.chdir(tmp_path)
-    flags = ("--env-id", "Freeway", "--cpu-size", "--total-steps", 2000, "--eval-episodes", 8)
-    assert learn(rosmo_atari, *flags)[0]["eval/return_mean"] > 16

@@ -4,7 +4,6 @@ rosmo_bsuite.py stands for both scripts of its benchmark, and rosmo_atari.py too
 """
 
 import dataclasses
-import errno
 import json
 import os
 import re
@@ -19,7 +18,6 @@ from pathlib import Path
 import gymnasium
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from pydantic import ValidationError
 
@@ -108,9 +106,8 @@ def test_files_of_a_run(script, request):
     assert steps == sorted(set(steps))  # one line a step
     names = ("total_loss", "reward_loss", "value_loss", "policy_loss", "behavior_loss", "grad_norm", "updates_per_second")
     assert all(np.isfinite(line[f"train/{name}"]) for line in train for name in names)
-    names = ("return_mean", "return_std", "return_min", "return_max", "length_mean", "normalized_score", "episodes")
+    names = ("return_mean", "return_std", "return_min", "return_max", "normalized_score")
     assert all({f"eval/{name}" for name in names} <= line.keys() for line in scores(lines))
-    assert scores(lines)[0]["eval/episodes"] == (3 if atari else 4)
     # The last line is of fewer updates than the others: its mean is over those.
     assert train[-1]["train/param_norm"] == pytest.approx(train[-2]["train/param_norm"], rel=0.1)
     assert train[-1]["train/value_loss"] == pytest.approx(train[-2]["train/value_loss"], rel=0.25)
@@ -145,8 +142,6 @@ def test_eval_only_scores_the_last_checkpoint(bsuite_run, atari_run, capsys):
         before = metrics(run_dir)
         run(script, ["--resume", run_dir, "--eval-only", "--data-dir", "nowhere"])
         assert json.loads(capsys.readouterr().out.splitlines()[-1]) == scores(before)[-1]
-        run(script, ["--resume", run_dir, "--eval-only", "--eval-episodes", 5])
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["eval/episodes"] == 5
         assert metrics(run_dir) == before
 
 
@@ -208,7 +203,7 @@ def test_a_run_in_an_environment_of_gymnasium(tmp_path):
     data_dir = random_play(tmp_path / "data", "CartPole-v1")
     run(muzero_unplugged_bsuite, [*flags, "--data-dir", data_dir, "--run-dir", tmp_path / "run"])
     (last,) = scores(metrics(tmp_path / "run"))
-    assert last["eval/return_mean"] == last["eval/length_mean"] > 5 and "eval/normalized_score" not in last
+    assert 5 < last["eval/return_mean"] < 300 and "eval/normalized_score" not in last
 
 
 def test_a_run_without_an_environment(tmp_path):
@@ -273,6 +268,9 @@ def test_a_second_signal_ends_the_program_itself(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", signalled)
     assert as_program(rosmo_bsuite, monkeypatch, *flags, "--run-dir", tmp_path / "run") == 128 + signum
     assert handlers[signum] is signal.SIG_DFL and checkpoint_steps(tmp_path / "run") == []
+    monkeypatch.undo()
+    run(rosmo_bsuite, ["--resume", tmp_path / "run", "--total-steps", 10])  # from the start, as there is no checkpoint
+    assert [line["step"] for line in metrics(tmp_path / "run")] == checkpoint_steps(tmp_path / "run") == [10]
 
 
 @both
@@ -285,24 +283,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, request, tmp_path):
         run(script, [*flags, *settings])
     assert checkpoint_steps(tmp_path / "run") == [1] and [line["step"] for line in metrics(tmp_path / "run")] == [1]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(last_state(script, tmp_path / "run")))
-
-
-def test_a_full_disk(flags, tmp_path, monkeypatch):
-    """The first checkpoint cannot be written: once there is room, the same folder goes on from the start."""
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-    arguments = [*flags, "--total-steps", 10, "--run-dir", tmp_path / "run"]
-    with pytest.raises(OSError, match="No space left"):
-        run(rosmo_bsuite, arguments)
-    before = metrics(tmp_path / "run")
-    monkeypatch.undo()
-    with pytest.raises(FileExistsError):
-        run(rosmo_bsuite, arguments)
-    run(rosmo_bsuite, ["--resume", tmp_path / "run"])
-    assert metrics(tmp_path / "run") == before and checkpoint_steps(tmp_path / "run") == [10]
 
 
 @pytest.mark.parametrize(
@@ -324,24 +304,17 @@ def test_a_batch_is_split_over_the_cores(cores, flags, devices, monkeypatch):
     ("script", "arguments", "sentence"),
     [
         (rosmo_bsuite, ["--env-id", "cach"], "doesn't exist. Did you mean: `catch`?"),
-        (rosmo_bsuite, ["--env-id", "cartpole"], "is of ('catch', 0.0), not of ('cartpole', 0.0)"),
-        (rosmo_bsuite, ["--noise", 0.1], "is of ('catch', 0.0), not of ('catch', 0.1)"),
         (rosmo_bsuite, ["--batch-size", 15], "--batch-size cannot be shared by 2 devices"),
-        (rosmo_bsuite, ["--unroll-steps", 8], "has no episode of 12 steps, a window"),
         (rosmo_bsuite, ["--num-simulations", 8], "--num-simulations is used with --sampling only"),
-        (rosmo_bsuite, ["--data-dir", "nowhere"], "nowhere is missing or damaged"),
         (rosmo_bsuite, ["--eval-only"], "--eval-only needs --resume"),
         (rosmo_bsuite, ["--resume", "nowhere"], "nowhere is not the folder of a run"),
         (rosmo_bsuite, ["--resume", "x", "--run-dir", "y"], "name no --run-dir beside it"),
         (rosmo_bsuite, ["--distributed"], "--distributed needs --run-dir"),
         (rosmo_atari, ["--env-id", "ALE/MsPacman-v5"], "names are as in MsPacman"),
-        (rosmo_atari, ["--env-id", "Pong"], "is of Breakout, not of Pong"),
-        (rosmo_atari, ["--bootstrap-steps", 100000], "has no episode of 100003 steps"),
         (muzero_unplugged_bsuite, ["--search-depth", 5], "--search-depth is at most --num-simulations"),
         (muzero_unplugged_bsuite, ["--tau", 0.5], "--tau has no part in --policy-target visit_counts"),
         (muzero_unplugged_bsuite, ["--policy-target", "mzu_q", "--temperature", 2], "--temperature has no part in"),
         (muzero_unplugged_bsuite, ["--policy-target", "gumbel", "--dirichlet-fraction", 0], "--dirichlet-fraction has no"),
-        (muzero_unplugged_bsuite, ["--policy-target", "gumbel", "--tau", 0.5], "--tau has no part in"),
     ],
 )
 def test_what_a_user_gets_wrong(request, tmp_path, script, arguments, sentence):
@@ -389,13 +362,14 @@ def test_resuming_what_cannot_be_resumed(bsuite_run, tmp_path, monkeypatch):
     copy = shutil.copytree(bsuite_run, tmp_path / "copy")
     before = (copy / "args.json").read_text(), metrics(copy)
     for arguments, sentence in (
-        ([], "has made 437 updates already: name more with --total-steps"),
-        (["--total-steps", 100], "has made 437 updates already"),
-        (["--total-steps", 447, "--dynamics-width", 16], r"checkpoints/437 cannot be read: .*shape"),
+        (["--dynamics-width", 16], "the last checkpoint of .*/copy cannot be read: .*shape"),
+        (["--dynamics-width", 16, "--eval-only"], "the last checkpoint of .*/copy cannot be read: .*shape"),
     ):
         with pytest.raises(rosmo_bsuite.InputError, match=sentence):
             run(rosmo_bsuite, ["--resume", copy, *arguments])
         assert ((copy / "args.json").read_text(), metrics(copy)) == before
+    run(rosmo_bsuite, ["--resume", copy, "--total-steps", 100])  # it has made more: nothing is left to do
+    assert metrics(copy) == before[1] and checkpoint_steps(copy) == [400, 437]
 
 
 def test_errors_are_one_sentence_and_exit_code_2(catch_dataset, bsuite_run, tmp_path, monkeypatch, capsys):
@@ -426,5 +400,5 @@ def test_a_damaged_checkpoint_is_one_sentence(bsuite_run, tmp_path):
         os.truncate(file, 100)
     process = program(rosmo_bsuite, "--resume", copy, "--total-steps", 447)
     out, err = process.communicate(timeout=200)
-    assert process.returncode == 2 and out == "" and err.startswith("error: ") and "checkpoints/437 cannot be read" in err
+    assert process.returncode == 2 and out == "" and err.startswith(f"error: the last checkpoint of {copy} cannot be read: ")
     assert "Traceback" not in err and len(err) < 600

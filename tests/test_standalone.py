@@ -95,13 +95,3 @@ def test_what_a_script_imports(script):
 def test_nothing_of_data_imports_a_script():
     for path in (ROOT / "data").glob("*.py"):
         assert not re.search(r"(rosmo|muzero_unplugged)_(atari|bsuite)(?!\.py)", path.read_text()), path
-
-
-@pytest.mark.slow
-def test_installing_leaves_no_module_behind(tmp_path):
-    """A wheel of this project holds its list of dependencies, and no module whose name could be somebody else's."""
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, ROOT]
-    subprocess.run(pip, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    shutil.unpack_archive(wheel, tmp_path / "wheel", "zip")
-    assert [path.name.split("-")[0] for path in (tmp_path / "wheel").iterdir()] == ["rosmo"]
