@@ -3,8 +3,7 @@
     python -m benchmark.gymnasium_scores --workers 2                   # three environments and seeds, both algorithms
 
 It needs '.[benchmark,formats]'. A dataset is 200 episodes of a simple rule; in turn, none, 0.3, 0.6 or all of an episode's
-actions are random.
-Writes benchmark/results/gymnasium_scores.csv, one line per evaluation, and prints a table.
+actions are random. Writes benchmark/results/gymnasium_scores.csv, a row for each evaluation, and prints a table.
 """
 
 import os
@@ -88,16 +87,15 @@ def main(args: Args) -> None:
     rows = studies.make_all(runs, args, args.results / "gymnasium_scores.csv", find_dataset)
     if args.part is not None:
         return
-    print("| environment | random play | mean of the data | ROSMO | each seed | MuZero Unplugged | each seed |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    lines = [["environment", "random play", "mean of the data", "ROSMO", "each seed", "MuZero Unplugged", "each seed"]]
     for env_id in args.env_ids:
         data = open_dataset(find_dataset(env_id)).meta["return_mean"]
-        cells = [env_id, f"{random_return(env_id):.1f}", f"{data:.1f}"]
+        lines.append([env_id, f"{random_return(env_id):.1f}", f"{data:.1f}"])
         for script in scripts:
             of_it = [row for row in rows if row["task"] == env_id and row["script"] == script]
             returns = [run[-1]["return_mean"] for run in studies.runs_of(of_it).values()]
-            cells += [f"{np.mean(returns):.1f} ± {np.std(returns):.1f}", ", ".join(f"{x:.1f}" for x in returns)]
-        print(f"| {' | '.join(cells)} |")
+            lines[-1] += [f"{np.mean(returns):.1f} ± {np.std(returns):.1f}", ", ".join(f"{x:.1f}" for x in returns)]
+    studies.print_table(lines)
 
 
 if __name__ == "__main__":
