@@ -2,7 +2,6 @@
 
     python -m benchmark.atari_studies                       # every run on one core, as many at a time as there are cores
     python -m benchmark.atari_studies --games Pong --seeds 0
-    sbatch benchmark/studies.slurm atari_studies            # on a cluster; afterwards once more as above
 
 Writes benchmark/results/atari.csv, a row for each run, and prints a table: the game's own score in the last three
 evaluations, mean and range of the seeds. A run that the table has is not made again; one in --runs is read or resumed.
@@ -83,16 +82,13 @@ def best_level(game: str, episodes: int = 16) -> float:
 
 
 def main(args: Args) -> None:
-    runs, table = studies.part_of(runs_of(args), args), args.results / "atari.csv"
+    runs, table = runs_of(args), args.results / "atari.csv"
     rows: dict[str, dict[str, Any]] = {row["run"]: row for row in studies.read_table(table)}
     data = {game: open_dataset(record_if_missing(game)).meta["game_return"]["mean"] for game in args.games}
     missing = [run for run in runs if run.name() not in rows]
     for run, evaluations in studies.side_by_side(missing, args, table.stem):
         rows[run.name()] = row_of(run, evaluations)
-        if args.part is None:
-            studies.write_table(table, [], list(rows.values()))
-    if args.part is not None:
-        return
+        studies.write_table(table, [], list(rows.values()))
     lines = [["method", *args.games, "minutes of updates (median)"]]
     lines.append(["mean of the data", *(f"{mean:.1f}" for mean in data.values()), ""])
     lines.append(["best level of the data", *(f"{best_level(game):.1f}" for game in args.games), ""])

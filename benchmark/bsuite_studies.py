@@ -1,14 +1,6 @@
 """Studies on BSuite: the methods' scores, and what the data, the filter, the search, noise and the model's size do to them.
 
-    python -m benchmark.bsuite_studies scores                # four methods at the paper's settings, 200,000 updates
-    python -m benchmark.bsuite_studies seeds                 # four methods on 20 % of the data, ten seeds
-    python -m benchmark.bsuite_studies coverage              # how much of the data there is
-    python -m benchmark.bsuite_studies filter                # the document's behaviour filter, and two others
-    python -m benchmark.bsuite_studies budget                # simulations per search
-    python -m benchmark.bsuite_studies depth                 # depth of a search of 16 simulations
-    python -m benchmark.bsuite_studies noise                 # stochastic tasks
-    python -m benchmark.bsuite_studies capacity              # width of the dynamics network
-    python -m benchmark.bsuite_studies labels                # labels that windows share
+    python -m benchmark.bsuite_studies scores                # a study; benchmark/README.md says what each is about
     python -m benchmark.bsuite_studies coverage --xs 0.2 1   # only these places of the x axis
 
 Each writes benchmark/results/bsuite_STUDY.csv, a row for each evaluation, draws bsuite_STUDY.png from it and prints a table.
@@ -66,7 +58,7 @@ class Study(NamedTuple):
     evaluations: int = 20  # of a run
 
 
-STUDIES = {
+STUDIES = {  # "scores" is at the paper's settings
     "scores": Study(methods=FOUR, common={"data-fraction": 1.0}, updates=200_000),
     "seeds": Study(methods=FOUR, seeds=10),
     "coverage": Study(
@@ -175,8 +167,6 @@ def print_places(drawn: dict[tuple[str, str], dict], rows: list[dict], study: St
 def main(args: Args) -> None:
     study, runs, table = study_of(args), runs_of(args), args.results / f"bsuite_{args.study}.csv"
     rows = studies.make_all(runs, args, table, record_if_missing)
-    if args.part is not None:
-        return
     if study.flag is None:
         studies.draw_curves(rows, study.tasks, table.with_suffix(".png"))
         print_curves(rows, study)

@@ -45,8 +45,6 @@ class Args:
     """The flags that all programs of studies have."""
 
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the runs
-    part: int | None = None  # with --parts: make only this part of the runs, 0 to parts - 1, and neither table nor figure
-    parts: int = 1  # into how many parts the runs are split
     workers: int = 1  # runs side by side on this machine, each on cores of its own
     runs: Path = Path("runs")  # where the runs are kept
     results: Path = ROOT / "benchmark" / "results"  # where table and figure go; runs in the tables there are not made again
@@ -73,15 +71,6 @@ class Run(NamedTuple):
         interval = self.updates // self.evaluations
         steps = sorted({*range(interval, self.updates + 1, interval), self.updates})
         return [line["step"] for line in evaluations] == steps
-
-
-def part_of(runs: Sequence[Run], args: Args) -> list[Run]:
-    """The runs that --part and --parts name. Raises InputError for impossible numbers, or if there is no run at all."""
-    if not runs or args.workers < 1 or any(not 1 <= run.evaluations <= run.updates for run in runs):
-        raise InputError("a study has a seed, a task and a worker at least, and a run as many updates as evaluations")
-    if args.part is not None and not 0 <= args.part < args.parts:
-        raise InputError(f"--part is from 0 to --parts - 1, not {args.part}")
-    return list(runs[args.part or 0 :: args.parts if args.part is not None else 1])
 
 
 # ---------------------------------------------------------------------------------------------------------- Making runs
@@ -148,12 +137,11 @@ def side_by_side(runs: Sequence[Run], args: Args, title: str) -> Iterator[tuple[
 
 
 def make_all(runs: Sequence[Run], args: Args, table: Path, find_dataset: Callable[[str, float], Path]) -> list[dict]:
-    """The rows of all runs, in their order. They are in `table` too, a run's as soon as it is whole; with --part in none.
+    """The rows of all runs, in their order. They are in `table` too, a run's as soon as it is whole.
 
     find_dataset(env_id, noise): the folder of a run's dataset, recorded if it is missing. Raises InputError if it has no
     returns to normalise scores by, or if a run fails, after those beside it.
     """
-    runs = part_of(runs, args)
     known, before = read_tables(args.results), read_table(table)
     done = {name: lines for run in runs if (name := run.name()) in known and run.is_whole(lines := known[name])}
     missing = [run for run in runs if run.name() not in done]
@@ -170,10 +158,8 @@ def make_all(runs: Sequence[Run], args: Args, table: Path, find_dataset: Callabl
 
     for run, evaluations in side_by_side(missing, args, table.stem):
         done[run.name()] = evaluations
-        if args.part is None:
-            write_table(table, before, rows())
-    if args.part is None:
         write_table(table, before, rows())
+    write_table(table, before, rows())
     return rows()
 
 

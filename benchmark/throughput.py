@@ -92,16 +92,11 @@ def atari(script: Any, args: Any) -> dict[str, str]:
             batch = next(batches)
             jax.tree.map(float, metrics)
         update_s.append((time.perf_counter() - start) / count)
-    from_host = script.batches(data, rows, state.key, 0, args)
-    for _ in range(8):  # those that were read ahead
-        next(from_host)
-    read_s = [timed(lambda: next(from_host)) for _ in range(REPEATS)]
     return {
         "steps of data": f"{len(rows)}",
         "compilation": f"{compile_seconds:.1f} s",
         "updates per second": spread([1 / seconds for seconds in update_s], ""),
         "one update": spread([1e3 * seconds for seconds in update_s], "ms"),
-        "reading a batch": spread([1e3 * seconds for seconds in read_s], "ms"),
     }
 
 
