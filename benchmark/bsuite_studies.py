@@ -1,26 +1,13 @@
 """Studies on BSuite: the methods' scores, and what the data, the filter, the search, noise and the model's size do to them.
 
-    python -m benchmark.bsuite_studies scores                # four methods at the paper's settings, 200,000 updates
-    python -m benchmark.bsuite_studies seeds                 # four methods on 20 % of the data, ten seeds
-    python -m benchmark.bsuite_studies coverage              # how much of the data there is
-    python -m benchmark.bsuite_studies filter                # the document's behaviour filter, and two others
-    python -m benchmark.bsuite_studies budget                # simulations per search
-    python -m benchmark.bsuite_studies depth                 # depth of a search of 16 simulations
-    python -m benchmark.bsuite_studies noise                 # stochastic tasks
-    python -m benchmark.bsuite_studies capacity              # width of the dynamics network
-    python -m benchmark.bsuite_studies labels                # labels that windows share
-    python -m benchmark.bsuite_studies coverage --workers 8  # eight runs side by side
+    python -m benchmark.bsuite_studies scores                # a study; benchmark/README.md says what each is about
     python -m benchmark.bsuite_studies coverage --xs 0.2 1   # only these places of the x axis
-    python -m benchmark.bsuite_studies budget --results DIR --runs DIR2    # both empty: makes every run anew
-    sbatch benchmark/studies.slurm bsuite_studies coverage   # on a cluster; afterwards call it once more as above
 
-Each writes benchmark/results/bsuite_STUDY.csv, one line per evaluation, draws bsuite_STUDY.png from it and prints a table. A
-run's score is the mean of the evaluations in its second half. Of nine runs or more a cell is the interquartile mean and its
-95 % stratified bootstrap interval (Agarwal et al. 2021), of fewer the mean and the range of the seeds. A stopped study goes
-on where it was, and studies share the runs that they have in common: those that are whole in a table of --results or in
-runs/bsuite_studies/ are read, others made or resumed.
+Each writes benchmark/results/bsuite_STUDY.csv, a row for each evaluation, draws bsuite_STUDY.png from it and prints a table.
+A run's score is the mean of the evaluations in its second half. Studies share the runs that they have in common.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +17,11 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from benchmark import studies
-from benchmark.studies import Run, Setting
+from benchmark.studies import CLONING, Run, cell, print_table
 from data.dataset import InputError, run_program
 from data.record_bsuite import record_if_missing
 
 ROSMO, MZU = "rosmo_bsuite", "muzero_unplugged_bsuite"
-CLONING = {"policy-coef": 0.0, "sampling": True}  # it acts as its policy says
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # a script and its flags
     "ROSMO": (ROSMO, {}),
     "ROSMO, authors' filter": ("benchmark.behavior_filter", {"filter": "authors"}),
@@ -49,6 +35,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # a script and its flags
     "Gumbel MuZero": (MZU, {"policy-target": "gumbel"}),
     "labels of every window": ("benchmark.window_labels", {}),
 }
+StudyName = Literal["scores", "seeds", "coverage", "filter", "budget", "depth", "noise", "capacity", "labels"]
 FOUR = ("ROSMO", "one-step, no regularisation", "filtered cloning", "MuZero Unplugged")
 
 
@@ -71,7 +58,7 @@ class Study(NamedTuple):
     evaluations: int = 20  # of a run
 
 
-STUDIES = {
+STUDIES = {  # "scores" is at the paper's settings
     "scores": Study(methods=FOUR, common={"data-fraction": 1.0}, updates=200_000),
     "seeds": Study(methods=FOUR, seeds=10),
     "coverage": Study(
@@ -102,9 +89,7 @@ STUDIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Args(studies.Args):
-    study: tyro.conf.Positional[
-        Literal["scores", "seeds", "coverage", "filter", "budget", "depth", "noise", "capacity", "labels"]
-    ]  # which one
+    study: tyro.conf.Positional[StudyName]  # which one
     tasks: tuple[str, ...] = ()  # tasks to train on; without it the study's own
     methods: tuple[str, ...] = ()  # without it the study's own
     xs: tuple[float, ...] = ()  # places on the x axis; without it the study's own
@@ -130,39 +115,21 @@ def study_of(args: Args) -> Study:
     )
 
 
-def settings_of(study: Study) -> list[Setting]:
-    """The settings of a study."""
-    level = [] if "ROSMO" in study.methods or study.flag is None else [Setting("ROSMO", None, *METHODS["ROSMO"])]
-    places = [(method, x) for x in study.xs for method in study.methods if x in study.fewer.get(method, study.xs)]
-    flags = {x: dict(study.common) | ({study.flag: x} if study.flag and x != study.own else {}) for x in study.xs}
-    return level + [Setting(method, x, METHODS[method][0], METHODS[method][1] | flags[x]) for method, x in places]
-
-
 def runs_of(args: Args) -> list[Run]:
     """All runs of a study."""
-    study = study_of(args)
-    return [
-        Run(
-            {"study": args.study, "method": setting.method, "x": setting.x, "task": task, "seed": seed},
-            setting.script,
-            {"env-id": task, "seed": seed, "batch-size": 512, "data-fraction": 0.2} | setting.flags,
-            study.updates,
-            study.evaluations,
-        )
-        for setting in settings_of(study)
-        for task in study.tasks
-        for seed in args.seeds or range(study.seeds)
-    ]
-
-
-def cell(estimate: tuple[float, float, float]) -> str:
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*estimate)
-
-
-def print_table(rows: list[list[str]]) -> None:
-    head, *others = rows
-    for row in (head, ["---"] * len(head), *others):
-        print(f"| {' | '.join(row)} |")
+    study, runs = study_of(args), list[Run]()
+    places = [(method, x) for x in study.xs for method in study.methods if x in study.fewer.get(method, study.xs)]
+    if study.flag and "ROSMO" not in study.methods:
+        places.insert(0, ("ROSMO", None))
+    for (method, x), task, seed in itertools.product(places, study.tasks, args.seeds or range(study.seeds)):
+        columns = {"study": args.study, "method": method, "x": x, "task": task, "seed": seed}
+        flags = {"env-id": task, "seed": seed, "batch-size": 512, "data-fraction": 0.2} | METHODS[method][1]
+        if x is not None or study.flag is None:  # else it is a level to compare with
+            flags |= study.common
+        if study.flag and x not in (None, study.own):
+            flags[study.flag] = x
+        runs.append(Run(columns, METHODS[method][0], flags, study.updates, study.evaluations))
+    return runs
 
 
 def print_curves(rows: list[dict], study: Study) -> None:
@@ -200,14 +167,13 @@ def print_places(drawn: dict[tuple[str, str], dict], rows: list[dict], study: St
 def main(args: Args) -> None:
     study, runs, table = study_of(args), runs_of(args), args.results / f"bsuite_{args.study}.csv"
     rows = studies.make_all(runs, args, table, record_if_missing)
-    if args.part is None:
-        if study.flag is None:
-            studies.draw_curves(rows, study.tasks, table.with_suffix(".png"))
-            print_curves(rows, study)
-        else:
-            print_places(studies.draw(rows, study.tasks, study.label, table.with_suffix(".png")), rows, study)
-        print(f"\nIn brackets the {studies.name_of_spread(len({row['seed'] for row in rows}))} of one task")
-        print(f"{len(runs)} runs of {study.updates:,} updates: {table} and its figure")
+    if study.flag is None:
+        studies.draw_curves(rows, study.tasks, table.with_suffix(".png"))
+        print_curves(rows, study)
+    else:
+        print_places(studies.draw(rows, study.tasks, study.label, table.with_suffix(".png")), rows, study)
+    print(f"\nIn brackets the {studies.name_of_spread(len({row['seed'] for row in rows}))} of one task")
+    print(f"{len(runs)} runs of {study.updates:,} updates: {table} and its figure")
 
 
 if __name__ == "__main__":

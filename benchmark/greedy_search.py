@@ -2,7 +2,7 @@
 
     python -m benchmark.greedy_search    # of the whole runs of `bsuite_studies seeds` whose checkpoints are here
 
-Writes benchmark/results/bsuite_greedy.csv, a line for each run, and prints a table.
+Writes benchmark/results/bsuite_greedy.csv, a row for each run, and prints a table.
 """
 
 import json
@@ -51,16 +51,13 @@ def main(args: Args) -> None:
         scores = {name: score(args.runs / run.name(), args.episodes, flags) for name, flags in SCORES.items()}
         rows[run.name()] = columns | {name: str(value) for name, value in scores.items()} | {"run": run.name()}
         studies.write_table(table, [], list(rows.values()))
-    cells = [["task", "seeds", "as trained", "each", "greedy", "each"]]
+    lines = [["task", "seeds", "as trained", "each", "greedy", "each"]]
     for task in bsuite_studies.STUDIES["seeds"].tasks:
         mine = sorted((row for row in rows.values() if row["task"] == task), key=lambda row: int(row["seed"]))
-        if mine:
-            values = {name: np.array([[float(row[name])] for row in mine]) for name in SCORES}
-            line = [task, ", ".join(row["seed"] for row in mine)]
-            for x in values.values():
-                line += [bsuite_studies.cell(studies.spread(x)), ", ".join(f"{v:.2f}" for v in x[:, 0])]
-            cells.append(line)
-    bsuite_studies.print_table(cells)
+        lines += [[task, ", ".join(row["seed"] for row in mine)]] if mine else []
+        for x in (np.array([[float(row[name])] for row in mine]) for name in SCORES if mine):
+            lines[-1] += [studies.cell(studies.spread(x)), ", ".join(f"{v:.2f}" for v in x[:, 0])]
+    studies.print_table(lines)
 
 
 if __name__ == "__main__":

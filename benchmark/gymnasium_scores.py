@@ -3,8 +3,7 @@
     python -m benchmark.gymnasium_scores --workers 2                   # three environments and seeds, both algorithms
 
 It needs '.[benchmark,formats]'. A dataset is 200 episodes of a simple rule; in turn, none, 0.3, 0.6 or all of an episode's
-actions are random.
-Writes benchmark/results/gymnasium_scores.csv, one line per evaluation, and prints a table.
+actions are random. Writes benchmark/results/gymnasium_scores.csv, a row for each evaluation, and prints a table.
 """
 
 import os
@@ -62,20 +61,6 @@ def find_dataset(env_id: str, _: float = 0.0) -> Path:
     return folder
 
 
-def random_return(env_id: str, episodes: int = 100) -> float:
-    """The mean return of uniform actions."""
-    environment, returns = gymnasium.make(env_id), []
-    environment.action_space.seed(0)
-    for episode in range(episodes):
-        environment.reset(seed=episode)
-        total, is_over = 0.0, False
-        while not is_over:
-            _, reward, terminated, truncated, _ = environment.step(environment.action_space.sample())
-            total, is_over = total + float(reward), terminated or truncated
-        returns.append(total)
-    return float(np.mean(returns))
-
-
 def main(args: Args) -> None:
     scripts = ("rosmo_bsuite", "muzero_unplugged_bsuite")
     runs = [
@@ -86,18 +71,16 @@ def main(args: Args) -> None:
         for seed in args.seeds
     ]  # fmt: skip
     rows = studies.make_all(runs, args, args.results / "gymnasium_scores.csv", find_dataset)
-    if args.part is not None:
-        return
-    print("| environment | random play | mean of the data | ROSMO | each seed | MuZero Unplugged | each seed |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    lines = [["environment", "random play", "mean of the data", "ROSMO", "each seed", "MuZero Unplugged", "each seed"]]
     for env_id in args.env_ids:
-        data = open_dataset(find_dataset(env_id)).meta["return_mean"]
-        cells = [env_id, f"{random_return(env_id):.1f}", f"{data:.1f}"]
+        data = open_dataset(find_dataset(env_id))
+        in_data = np.add.reduceat(data.reward, np.flatnonzero(data.is_first))
+        lines.append([env_id, f"{in_data[SHARES.index(1) :: len(SHARES)].mean():.1f}", f"{in_data.mean():.1f}"])
         for script in scripts:
             of_it = [row for row in rows if row["task"] == env_id and row["script"] == script]
             returns = [run[-1]["return_mean"] for run in studies.runs_of(of_it).values()]
-            cells += [f"{np.mean(returns):.1f} ± {np.std(returns):.1f}", ", ".join(f"{x:.1f}" for x in returns)]
-        print(f"| {' | '.join(cells)} |")
+            lines[-1] += [f"{np.mean(returns):.1f} ± {np.std(returns):.1f}", ", ".join(f"{x:.1f}" for x in returns)]
+    studies.print_table(lines)
 
 
 if __name__ == "__main__":

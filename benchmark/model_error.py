@@ -5,8 +5,7 @@
 MuZero Unplugged after 50,000 updates at batch 512 on 5 % and on all of the episodes. Start states are steps of the whole
 dataset, the same for all runs of a task. From each the model is unrolled along the data's own actions (observed), and, for
 each depth, along the actions to the node of that depth that a search visits most (searched). The real task is put into the
-same state and takes the same actions. After the end of an episode rewards and values are 0, as in training. Searched
-sequences are fewer at large depths: not every tree gets there.
+same state and takes the same actions. After the end of an episode rewards and values are 0, as in training.
 
 Writes benchmark/results/bsuite_model_error.csv, a row for each run, kind of actions and depth:
 
@@ -18,16 +17,14 @@ Writes benchmark/results/bsuite_model_error.csv, a row for each run, kind of act
     value_bias         mean of the value of the model's state, less the true one
     true_value, data_value    means of the true value, and of the return that the data have from there (observed actions)
 
-An agent that plays worse than the data has a value error without an error of the model: the value head learns of three
-rewards of the data, and the search's value after them. The dynamics' error is free of that.
-
-Prints the same, of all seeds together, and draws the errors. Runs that the table has are not made again; those in --runs are
-read.
+Prints the same, of all seeds together, and draws the errors. Runs that the table has are not measured again.
 """
 
 import csv
 import functools
 import itertools
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import mctx
 import numpy as np
+import orbax.checkpoint as ocp
 import tyro
 from bsuite.environments import cartpole
 from tqdm import tqdm
@@ -58,6 +56,15 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     runs: Path = Path("runs/bsuite_studies")  # where the runs are kept
     results: Path = studies.ROOT / "benchmark" / "results"  # where table and figure go; what is there is not measured again
+
+
+def load_run(run_dir: Path) -> tuple[script.Model, script.TrainState]:
+    """The model and the last checkpoint of a run."""
+    run = json.loads((run_dir / "args.json").read_text())
+    model = script.Model(run["dataset"]["num_actions"], script.Args(**run["args"]))
+    state = script.init_state((math.prod(run["dataset"]["observation_shape"]),), model)
+    checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute())
+    return model, checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
 
 
 def set_state(task: Any, observation: np.ndarray) -> None:
@@ -150,9 +157,8 @@ def returns_of(data: Any, places: np.ndarray, discount: float) -> np.ndarray:
 
 def measure(run_dir: Path) -> list[dict]:
     """The errors of a run's last checkpoint, a row for each kind of actions and depth."""
-    model, state, _ = studies.load_run(script, run_dir)
-    args, data = model.args, open_dataset(Path(model.args.data_dir or ""))
-    params, key = jax.tree.map(lambda x: x.addressable_data(0), (state.params, state.key))
+    model, state = load_run(run_dir)
+    args, data, params, key = model.args, open_dataset(Path(model.args.data_dir or "")), state.params, state.key
     places = np.flatnonzero(~data.is_last[: -max(DEPTHS)])
     starts = np.random.default_rng(0).choice(places, STARTS, replace=False)  # the same for all runs of a task
     observed = np.full((STARTS, len(DEPTHS), max(DEPTHS)), -1)
@@ -204,24 +210,19 @@ def together(rows: list[dict], name: str) -> tuple[float, float, float]:
 
 def draw(groups: dict[tuple, list[dict]], args: Args, path: Path) -> None:
     """A row of panels for each task: root mean square errors against depth, all seeds together and the range of seeds."""
-    panels = {
-        "reward_error": "reward",
-        "value_error": "value",
-        "dynamics_error": "value, dynamics alone",
-    }
+    panels = {"reward_error": "reward", "value_error": "value", "dynamics_error": "value, dynamics alone"}
     figure, axes = plt.subplots(len(args.tasks), 3, figsize=(12, 3 * len(args.tasks)), layout="constrained", squeeze=False)
     for line, task in zip(axes, args.tasks, strict=True):
         line[0].set_ylabel("root mean square error")
         line[2].sharey(line[1])
         for axis, (name, title) in zip(line, panels.items(), strict=True):
-            for i, fraction in enumerate(args.fractions):
-                for actions, style in ("observed", "--"), ("searched", "-"):
-                    some = [together(groups[task, fraction, actions, depth], name) for depth in DEPTHS[1:]]
-                    error, low, high = np.array(some).T
-                    label = f"{actions} actions, {fraction:.0%} of the data"
-                    axis.plot(DEPTHS[1:], error, style, color=f"C{i}", marker="o", label=label)
-                    axis.fill_between(DEPTHS[1:], low, high, color=f"C{i}", alpha=0.1)
-                if name == "value_error":
+            for (i, fraction), actions in itertools.product(enumerate(args.fractions), ("observed", "searched")):
+                some = [together(groups[task, fraction, actions, depth], name) for depth in DEPTHS[1:]]
+                error, low, high = np.array(some).T
+                label, style = f"{actions} actions, {fraction:.0%} of the data", "--" if actions == "observed" else "-"
+                axis.plot(DEPTHS[1:], error, style, color=f"C{i}", marker="o", label=label)
+                axis.fill_between(DEPTHS[1:], low, high, color=f"C{i}", alpha=0.1)
+                if name == "value_error" and actions == "searched":
                     root = together(groups[task, fraction, "observed", 0], name)[0]
                     axis.axhline(root, color=f"C{i}", linestyle=":", label=f"at the root, {fraction:.0%} of the data")
             axis.set_title(f"{task}: {title}")
@@ -236,24 +237,17 @@ def draw(groups: dict[tuple, list[dict]], args: Args, path: Path) -> None:
 
 def main(args: Args) -> None:
     table = args.results / "bsuite_model_error.csv"
-    args.results.mkdir(parents=True, exist_ok=True)
-    rows = list[dict]()
-    if table.exists():
-        with table.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    wanted = [(task, fraction, seed) for seed in args.seeds for task in args.tasks for fraction in args.fractions]
-    done = {(row["task"], float(row["fraction"]), int(row["seed"])) for row in rows}
-    for task, fraction, seed in tqdm([key for key in wanted if key not in done], unit="model", disable=None):
+    rows: list[dict] = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
+    wanted = itertools.product(args.seeds, args.tasks, args.fractions)
+    done = {(int(row["seed"]), row["task"], float(row["fraction"])) for row in rows}
+    for seed, task, fraction in tqdm([key for key in wanted if key not in done], unit="model", disable=None):
         record_if_missing(task, 0.0)
         flags = {"env-id": task, "seed": seed, "batch-size": 512, "data-fraction": fraction}
         run = studies.Run({}, script.__name__, flags, updates=50_000, evaluations=20)
         studies.make(run, args.runs)
-        rows += [{"task": task, "fraction": fraction, "seed": seed} | row for row in measure(args.runs / run.name())]
-        with table.with_suffix(".new").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        table.with_suffix(".new").rename(table)
+        with jax.set_mesh(jax.sharding.Mesh(jax.devices()[:1], ("batch",))):
+            rows += [{"task": task, "fraction": fraction, "seed": seed} | row for row in measure(args.runs / run.name())]
+        studies.write_rows(table, rows)
     groups = dict[tuple, list[dict]]()
     for row in rows:
         key = row["task"], float(row["fraction"]), row["actions"], int(row["depth"])
@@ -261,13 +255,13 @@ def main(args: Args) -> None:
             groups.setdefault(key, []).append(row)
     draw(groups, args, table.with_suffix(".png"))
     names = list(rows[0])[list(rows[0]).index("ended") + 1 :]
-    head = ["task", "data", "actions", "depth", "sequences", "ended", *names]
-    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    lines = [["task", "data", "actions", "depth", "sequences", "ended", *names]]
     for task, fraction, actions, depth in itertools.product(args.tasks, args.fractions, ("observed", "searched"), DEPTHS):
         some = groups[task, fraction, actions, depth]
         counts = (str(sum(int(row[name]) for row in some)) for name in ("sequences", "ended"))
         cells = (f"{together(some, name)[0]:.2f}".replace("nan", "") for name in names)
-        print(f"| {task} | {fraction:.0%} | {actions} | {depth} | {' | '.join([*counts, *cells])} |")
+        lines.append([task, f"{fraction:.0%}", actions, str(depth), *counts, *cells])
+    studies.print_table(lines)
 
 
 if __name__ == "__main__":

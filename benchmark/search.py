@@ -8,7 +8,7 @@ BSuite's network with random heads, float32, on one core; the smallest of ROUNDS
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import mctx
 import numpy as np
 
 import muzero_unplugged_bsuite as mzu
+from benchmark.studies import CORES, print_table
 
 CASES = [  # roots, simulations, depth, actions
     *((1_024, 20, None, 3), (1_024, 20, 4, 3), (4_096, 20, None, 3), (512, 50, None, 3), (1_024, 4, None, 3)),
@@ -44,7 +45,7 @@ def search_by_mctx(params: Any, key: jax.Array, state: jax.Array, prediction: mz
     step, depth = functools.partial(mzu.expand, model=model), args.search_depth or args.num_simulations
     noise = {"dirichlet_fraction": args.dirichlet_fraction, "temperature": args.temperature}
     result = mctx.muzero_policy(params, key, root, step, args.num_simulations, max_depth=depth, **noise)
-    return mzu.Search(result.action, result.action_weights, result.search_tree.summary().value)
+    return result.action, result.action_weights, result.search_tree.summary().value
 
 
 def model_alone(params: Any, key: jax.Array, state: jax.Array, prediction: mzu.Prediction, model: mzu.Model) -> jax.Array:
@@ -66,42 +67,23 @@ def processor_time(function: Callable[..., Any], *arguments: Any) -> float:
     return spent / calls * 1e3
 
 
-def main() -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    head = (
-        "roots",
-        "simulations",
-        "depth",
-        "actions",
-        "mctx",
-        "here",
-        "the model alone",
-        "mctx / here",
-        "equal visit counts",
-    )
-    print("|", *(f"{x} |" for x in head))
-    print("|", *("--- |" for _ in head))
+def rows() -> Iterator[list[str]]:
+    yield ["roots", "simulations", "depth", "actions", "mctx", "here", "the model alone", "mctx / here", "equal visits"]
     for num_roots, num_simulations, depth, num_actions in CASES:
         settings: dict[str, Any] = {"num_simulations": num_simulations, "search_depth": depth}
         model, *arguments = random_network(num_actions, num_roots, **settings)
         arguments.insert(1, jax.random.PRNGKey(1))
         functions = [jax.jit(function, static_argnames="model") for function in (search_by_mctx, mzu.search, model_alone)]
-        theirs, mine, _ = (jax.block_until_ready(function(*arguments, model)) for function in functions)
+        theirs, mine = (np.asarray(function(*arguments, model)[1]) for function in functions[:2])  # visit counts
         times = [[processor_time(function, *arguments, model) for function in functions] for _ in range(ROUNDS)]
         mctx_ms, here_ms, model_ms = np.min(times, axis=0)
-        equal = np.isclose(theirs.policy, mine.policy, atol=1e-5).all(axis=1).sum()
-        row: tuple[Any, ...] = (
-            f"{num_roots:,}",
-            num_simulations,
-            depth or "any",
-            num_actions,
-            f"{mctx_ms:.1f} ms",
-            f"{here_ms:.1f} ms",
-        )
-        row += (f"{model_ms:.1f} ms", f"{mctx_ms / here_ms:.1f}", f"{equal:,} roots")
-        print("|", *(f"{x} |" for x in row), flush=True)
+        cells = [f"{num_roots:,}", str(num_simulations), str(depth or "any"), str(num_actions)]
+        cells += [f"{mctx_ms:.1f} ms", f"{here_ms:.1f} ms", f"{model_ms:.1f} ms", f"{mctx_ms / here_ms:.1f}"]
+        yield [*cells, f"{np.isclose(theirs, mine, atol=1e-5).all(axis=1).sum():,} roots"]
 
 
 if __name__ == "__main__":
-    main()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {CORES[-1]})
+    jax.set_mesh(jax.sharding.Mesh(jax.devices()[:1], ("batch",)))
+    print_table(rows())

@@ -1,18 +1,19 @@
 """What the studies have in common: many runs of the training scripts, side by side and resumable, their table, estimates.
 
-A program names its runs. A run whose rows are whole in a table of --results is taken from there, so that a study goes on
-from its table on any machine; a run that is whole in --runs is read from there; all others are made or resumed.
+A program names its runs. A run that is whole in a table of --results is taken from there, so that a study goes on from its
+table on any machine; a run that is whole in --runs is read from there; all others are made or resumed.
 """
 
+import contextlib
 import csv
+import itertools
 import json
-import math
 import os
 import queue
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-import orbax.checkpoint as ocp
 from rliable import library, metrics
 from tqdm import tqdm
 
@@ -31,11 +31,13 @@ BOOTSTRAPS = 2000  # resamplings of an interval estimate
 FEWEST = 9  # runs of which a 95 % interval is shown; it covers 84 % then, see benchmark/README.md
 STYLES = {  # of the methods, in all figures
     "ROSMO": ("C0", "-"), "ROSMO, authors' filter": ("C0", "--"), "ROSMO, recorded reward": ("C0", ":"),
-    "ROSMO, sampled": ("C0", "-."), "one-step, no regularisation": ("C1", "-"), "filtered cloning": ("C2", "-"),
+    "one-step, no regularisation": ("C1", "-"), "filtered cloning": ("C2", "-"),
     "filtered cloning, authors' filter": ("C2", "--"), "filtered cloning, recorded reward": ("C2", ":"),
     "MuZero Unplugged": ("C3", "-"), "labels of every window": ("C3", "--"), "MZU-Q": ("C4", "-"),
     "Gumbel MuZero": ("C5", "-"),
 }  # fmt: skip
+CLONING = {"policy-coef": 0.0, "sampling": True}  # flags of ROSMO: cloning alone, which acts as its policy says
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +45,9 @@ class Args:
     """The flags that all programs of studies have."""
 
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the runs
-    part: int | None = None  # with --parts: make only this part of the runs, 0 to parts - 1, and neither table nor figure
-    parts: int = 1  # into how many parts the runs are split
     workers: int = 1  # runs side by side on this machine, each on cores of its own
     runs: Path = Path("runs")  # where the runs are kept
     results: Path = ROOT / "benchmark" / "results"  # where table and figure go; runs in the tables there are not made again
-
-
-class Setting(NamedTuple):
-    """A line of a figure and its place on the x axis (None: a level for the whole axis, or there is no such axis)."""
-
-    method: str
-    x: float | None
-    script: str  # a module
-    flags: dict[str, Any]  # by name without the dashes; True for a flag without a value
 
 
 class Run(NamedTuple):
@@ -82,29 +73,7 @@ class Run(NamedTuple):
         return [line["step"] for line in evaluations] == steps
 
 
-def part_of(runs: Sequence[Run], args: Args) -> list[Run]:
-    """The runs that --part and --parts name. Raises InputError for impossible numbers, or if there is no run at all."""
-    if args.workers < 1 or any(run.evaluations < 1 or run.updates < run.evaluations for run in runs):
-        raise InputError(
-            "--workers, --evaluations and --updates are at least 1, and no run has more evaluations than updates"
-        )
-    if not runs:
-        raise InputError("there is nothing to run: name at least one seed, and a game or task")
-    if args.part is not None and not 0 <= args.part < args.parts:
-        raise InputError(f"--part is from 0 to --parts - 1, not {args.part}")
-    return list(runs[args.part or 0 :: args.parts if args.part is not None else 1])
-
-
 # ---------------------------------------------------------------------------------------------------------- Making runs
-
-
-def load_run(script: Any, run_dir: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """The model and the last checkpoint of a run on BSuite, and its dataset's meta.json."""
-    run = json.loads((run_dir / "args.json").read_text())
-    model = script.Model(run["dataset"]["num_actions"], script.Args(**run["args"]))
-    state = script.init_state((math.prod(run["dataset"]["observation_shape"]),), model)
-    checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute())
-    return model, checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state)), run["dataset"]
 
 
 def evaluations_of(run_dir: Path) -> list[dict]:
@@ -146,20 +115,33 @@ def make(run: Run, runs: Path) -> list[dict]:
     return evaluations_of(run_dir)
 
 
-def keep_to_cores(free: queue.SimpleQueue[set[int]]) -> None:
-    """Binds a worker, and with it the runs that it starts, to a set of cores of its own: two runs that both use both
-    cores take twice as long. (Linux; elsewhere they share all cores.)"""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, free.get())
+def side_by_side(runs: Sequence[Run], args: Args, title: str) -> Iterator[tuple[Run, list[dict]]]:
+    """Makes the runs and yields each with its evaluations, as soon as it is whole. Every worker, and with it the runs that
+    it starts, is bound to cores of its own: two runs that both use both cores take twice as long. (On Linux only.)"""
+    free = queue.SimpleQueue[set[int]]()
+    for worker in range(args.workers):
+        free.put(set(CORES[worker :: args.workers] or [CORES[worker % len(CORES)]]))
+
+    def bind() -> None:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, free.get())
+
+    with ThreadPoolExecutor(args.workers, initializer=bind) as pool:
+        futures = {pool.submit(make, run, args.runs): run for run in runs}
+        try:
+            for future in tqdm(as_completed(futures), total=len(runs), desc=title, unit="run", disable=not runs):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what is running goes on to its end, or gets the interrupt too
+            raise
 
 
 def make_all(runs: Sequence[Run], args: Args, table: Path, find_dataset: Callable[[str, float], Path]) -> list[dict]:
-    """The rows of all runs, in their order. They are in `table` too, a run's as soon as it is whole; with --part in none.
+    """The rows of all runs, in their order. They are in `table` too, a run's as soon as it is whole.
 
     find_dataset(env_id, noise): the folder of a run's dataset, recorded if it is missing. Raises InputError if it has no
     returns to normalise scores by, or if a run fails, after those beside it.
     """
-    runs = part_of(runs, args)
     known, before = read_tables(args.results), read_table(table)
     done = {name: lines for run in runs if (name := run.name()) in known and run.is_whole(lines := known[name])}
     missing = [run for run in runs if run.name() not in done]
@@ -174,22 +156,10 @@ def make_all(runs: Sequence[Run], args: Args, table: Path, find_dataset: Callabl
         made = ((run, line) for run in runs for line in done.get(run.name(), ()))
         return [run.columns | line | {"run": run.name()} for run, line in made]
 
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    free = queue.SimpleQueue[set[int]]()
-    for worker in range(args.workers):
-        free.put(set(cores[worker :: args.workers] or [cores[worker % len(cores)]]))
-    with ThreadPoolExecutor(args.workers, initializer=keep_to_cores, initargs=(free,)) as pool:
-        futures = {pool.submit(make, run, args.runs): run for run in missing}
-        try:
-            for future in tqdm(as_completed(futures), total=len(missing), desc=table.stem, unit="run", disable=not missing):
-                done[futures[future].name()] = future.result()
-                if args.part is None:
-                    write_table(table, before, rows())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what is running goes on to its end, or gets the interrupt too
-            raise
-    if args.part is None:
+    for run, evaluations in side_by_side(missing, args, table.stem):
+        done[run.name()] = evaluations
         write_table(table, before, rows())
+    write_table(table, before, rows())
     return rows()
 
 
@@ -200,7 +170,7 @@ def read_tables(folder: Path) -> dict[str, list[dict]]:
     """The evaluations in all tables of a folder, in order, by the name of their run."""
     runs: dict[str, dict[int, dict]] = {}
     for path in sorted(folder.glob("*.csv")):
-        for row in read_table(path):
+        for row in (row for row in read_table(path) if "step" in row):  # others have a row a run
             evaluation = list(row)[list(row).index("step") : -1]  # what comes before tells of which run it is
             numbers = {name: json.loads(row[name] or "null") for name in evaluation}
             runs.setdefault(row["run"], {})[numbers["step"]] = numbers
@@ -216,18 +186,27 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def write_table(path: Path, before: list[dict], rows: list[dict]) -> None:
-    """Writes the rows and those of other runs that the table held before, each run in its place, new ones last. The file
-    is whole at any moment."""
+    """Writes the rows and those of other runs that the table held before, each run in its place, new ones last."""
     named = {row["run"] for row in rows}
     place = {run: i for i, run in enumerate(dict.fromkeys(row["run"] for row in before + rows))}
-    rows = sorted([row for row in before if row["run"] not in named] + rows, key=lambda row: place[row["run"]])
-    names = dict.fromkeys(name for row in rows for name in row if name != "run")
+    write_rows(path, sorted([row for row in before if row["run"] not in named] + rows, key=lambda row: place[row["run"]]))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Writes a file of rows, with "run" last. It is whole at any moment."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".new").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*names, "run"], lineterminator="\n")
+        writer = csv.DictWriter(file, sorted(names, key="run".__eq__), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     path.with_suffix(".new").rename(path)
+
+
+def print_table(rows: Iterable[Sequence[str]]) -> None:
+    """Prints rows as Markdown, each as soon as it is there; the first is the head."""
+    for i, row in enumerate(rows):
+        print(f"| {' | '.join(row)} |" + f"\n|{' --- |' * len(row)}" * (i == 0), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ Estimates
@@ -255,6 +234,10 @@ def spread(scores: np.ndarray) -> tuple[float, float, float]:
     return float(seeds.mean()), float(seeds.min()), float(seeds.max())
 
 
+def cell(estimate: tuple[float, float, float], digits: int = 2) -> str:
+    return "{1:.{0}f} [{2:.{0}f}, {3:.{0}f}]".format(digits, *estimate)
+
+
 def name_of_spread(num_runs: int) -> str:
     return "95 % interval" if num_runs >= FEWEST else "range of the seeds"
 
@@ -279,30 +262,37 @@ def scores_of(rows: list[dict], tasks: Sequence[str], value: Callable[[list[dict
     return np.array([[value(runs[task, seed]) for task in tasks] for seed in sorted({seed for _, seed in runs})])
 
 
-def panels_of(rows: list[dict], tasks: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """The tasks of each panel of a figure, "all" first if there are several, and the panels' titles, with their spread."""
+@contextlib.contextmanager
+def panels_of(rows: list[dict], tasks: Sequence[str], label: str, path: Path) -> Iterator[list[tuple[Any, str, tuple]]]:
+    """A figure with a panel for each task, and one for "all" of several: (axes, name, its tasks). It is saved at the end."""
     panels = ({"all": tuple(tasks)} if len(tasks) > 1 else {}) | {task: (task,) for task in tasks}
-    seeds = len({row["seed"] for row in rows})
-    return panels, {name: f"{name} ({name_of_spread(seeds * len(some))})" for name, some in panels.items()}
+    seeds, size = len({row["seed"] for row in rows}), (4 * len(panels), 3.6)
+    figure, (axes,) = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, (name, some) in zip(axes, panels.items(), strict=True):
+        axis.set_title(f"{name} ({name_of_spread(seeds * len(some))})")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("normalised score")
+    yield [(axis, name, some) for axis, (name, some) in zip(axes, panels.items(), strict=True)]
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def draw(rows: list[dict], tasks: Sequence[str], label: str, path: Path) -> dict[tuple[str, str], dict[Any, tuple]]:
-    """Draws the runs' scores with their spread against x, a panel for each task, and one for all if there are several.
+    """Draws the runs' scores with their spread against x.
 
     Returns middle, low and high by panel ("all" or a task) and method, then by x.
     """
-    panels, titles = panels_of(rows, tasks)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     places = sorted({row["x"] for row in rows if row["x"] is not None})
     drawn: dict[tuple[str, str], dict[Any, tuple]] = {}
-    size = (4 * len(panels), 3.6)
-    figure, (axes,) = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, (title, some) in zip(axes, panels.items(), strict=True):
-        for i, method in enumerate(methods):
+    with panels_of(rows, tasks, label, path) as panels:
+        for (axis, name, some), (i, method) in itertools.product(panels, enumerate(methods)):
             mine, (color, style) = [row for row in rows if row["method"] == method], STYLES[method]
             xs = sorted({row["x"] for row in mine}) if mine[0]["x"] is not None else [None]
-            drawn[title, method] = {x: spread(scores_of([row for row in mine if row["x"] == x], some)) for x in xs}
-            middle, low, high = np.array(list(drawn[title, method].values())).T
+            drawn[name, method] = {x: spread(scores_of([row for row in mine if row["x"] == x], some)) for x in xs}
+            middle, low, high = np.array(list(drawn[name, method].values())).T
             if xs != [None]:
                 beside = np.array(xs) * 1.03 ** (i - (len(methods) - 1) / 2)  # so that intervals do not cover each other
                 error = (middle - low, high - middle)
@@ -310,41 +300,26 @@ def draw(rows: list[dict], tasks: Sequence[str], label: str, path: Path) -> dict
             else:  # a level to compare with
                 axis.axhline(middle[0], color=color, linestyle="--", label=method)
                 axis.axhspan(low[0], high[0], color=color, alpha=0.15, linewidth=0)
-        if places[0] > 0:
-            axis.set_xscale("log")
-        axis.set_xticks(places, [f"{x:g}" for x in places])
-        axis.minorticks_off()
-        axis.set_title(titles[title])
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("normalised score")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        for axis, *_ in panels:
+            axis.set_xscale("log" if places[0] > 0 else "linear")
+            axis.set_xticks(places, [f"{x:g}" for x in places])
+            axis.minorticks_off()
     return drawn
 
 
 def draw_curves(rows: list[dict], tasks: Sequence[str], path: Path) -> None:
-    """Draws the scores against updates: a panel for each task, its seeds thin and their mean thick, and one for all."""
-    panels, titles = panels_of(rows, tasks)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True, layout="constrained")
-    for axis, (title, some) in zip(axes, panels.items(), strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
+    """Draws the scores against updates: of each task its seeds thin and their mean thick, of all tasks with their spread."""
+    with panels_of(rows, tasks, "updates", path) as panels:
+        for (axis, name, some), method in itertools.product(panels, dict.fromkeys(row["method"] for row in rows)):
             mine, (color, style) = [row for row in rows if row["method"] == method], STYLES[method]
             steps = sorted({row["step"] for row in mine})
             scores = scores_of(mine, some, lambda run: [row["normalized_score"] for row in run])  # [seeds, tasks, steps]
-            if title == "all":
+            middle = scores[:, 0].mean(axis=0)
+            if name == "all":
                 middle, low, high = np.array([spread(scores[:, :, i]) for i in range(len(steps))]).T
                 axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
             else:
-                middle = scores[:, 0].mean(axis=0)
                 axis.plot(steps, scores[:, 0].T, color=color, linestyle=style, linewidth=0.6, alpha=0.6)
+                axis.set_title(f"{name} (seeds and their mean)")
             axis.plot(steps, middle, color=color, linestyle=style, linewidth=2, label=method)
-        axis.set_title(titles[title] if title == "all" else f"{title} (seeds and their mean)")
-        axis.set_xlabel("updates")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("normalised score")
-    axes[0].set_ylim(-0.25, 1.1)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+            axis.set_ylim(-0.25, 1.1)
