@@ -114,11 +114,7 @@ def open_source(args: Args, out: Path) -> Source:
             raise InputError(f"{files[0]} has {source.meta['num_actions']} actions, but {args.env_id} has {actions}")
         meta = {"benchmark": "atari", "num_actions": actions, "reference_returns": reference_returns(args.env_id)}
         if name != "minari" and args.env_id in OTHER_ROMS:
-            old = (
-                "of the data's it shows 210 of 250 lines"
-                if args.env_id in TALL_SCREENS
-                else "--rom-dir brings in the data's"
-            )
+            old = "of the data's it shows 210 of 250 lines" if args.env_id in TALL_SCREENS else "--rom-dir mends it"
             meta["notice"] = f"EnvPool shows other pictures of {args.env_id} than the data: its ROM is another one; {old}"
     taken = {"files": [file.name for file in files], "percentage": args.percentage, "max_episodes": args.max_episodes}
     return source._replace(meta=meta | source.meta | taken | {"env_id": args.env_id})

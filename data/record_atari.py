@@ -48,7 +48,8 @@ SCORES: dict[str, dict[str, float]] = json.loads((Path(__file__).parent / "rlu_a
 # Of these EnvPool has other ROMs, and shows other pictures, than atari-py 0.2.5, with which the data were recorded.
 # The old ROMs of the first ten have screens of 250 lines, of which EnvPool shows 210.
 TALL_SCREENS = (
-    "Amidar", "Assault", "BankHeist", "Carnival", "Centipede", "DoubleDunk", "Gopher", "Pooyan", "VideoPinball", "WizardOfWor",
+    "Amidar", "Assault", "BankHeist", "Carnival", "Centipede", "DoubleDunk", "Gopher", "Pooyan", "VideoPinball",
+    "WizardOfWor",
 )  # fmt: skip
 OTHER_ROMS = (*TALL_SCREENS, "BattleZone", "IceHockey", "Riverraid", "RoadRunner", "NameThisGame")
 PRIOR_METHODS = ("BC", "BCQ", "DQN", "IQN", "REM")
