@@ -88,7 +88,7 @@ def main(args: Args) -> None:
     missing = [run for run in runs if run.name() not in rows]
     for run, evaluations in studies.side_by_side(missing, args, table.stem):
         rows[run.name()] = row_of(run, evaluations)
-        studies.write_table(table, [], list(rows.values()))
+        studies.write_table(table, [], sorted(rows.values(), key=lambda row: row["run"]))
     lines = [["method", *args.games, "minutes of updates (median)"]]
     lines.append(["mean of the data", *(f"{mean:.1f}" for mean in data.values()), ""])
     lines.append(["best level of the data", *(f"{best_level(game):.1f}" for game in args.games), ""])

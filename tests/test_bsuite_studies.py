@@ -31,29 +31,6 @@ SCRIPTS = {
     "rosmo_bsuite": rosmo_bsuite, "muzero_unplugged_bsuite": muzero_unplugged_bsuite,
     "benchmark.behavior_filter": behavior_filter, "benchmark.window_labels": muzero_unplugged_bsuite,
 }  # fmt: skip
-CLONING = {"policy_coef": 0.0, "sampling": True}
-METHODS = {  # what differs from the scripts' defaults
-    "ROSMO": {}, "ROSMO, authors' filter": {}, "ROSMO, recorded reward": {"filter": "recorded"},
-    "one-step, no regularisation": {"behavior_coef": 0.0}, "filtered cloning": CLONING,
-    "filtered cloning, authors' filter": CLONING, "filtered cloning, recorded reward": CLONING | {"filter": "recorded"},
-    "MuZero Unplugged": {}, "MZU-Q": {"policy_target": "mzu_q"}, "Gumbel MuZero": {"policy_target": "gumbel"},
-    "labels of every window": {},
-}  # fmt: skip
-FOUR = {"ROSMO", "one-step, no regularisation", "filtered cloning", "MuZero Unplugged"}
-FILTERS = {name for name in METHODS if name.startswith("ROSMO")}, {name for name in METHODS if "cloning" in name}
-FEW = {"MuZero Unplugged", "MZU-Q", "Gumbel MuZero"}
-STUDIES = {  # the methods at each x of the figure, and what x is among a run's settings
-    "scores": ({None: FOUR}, lambda args: None),
-    "seeds": ({None: FOUR}, lambda args: None),
-    "coverage": ({x: FOUR - {"filtered cloning"} for x in (0.01, 0.05, 0.2, 0.5, 1.0)}, lambda args: args.data_fraction),
-    "filter": ({0.05: FILTERS[0], 0.2: FILTERS[0], 1.0: FILTERS[1]}, lambda args: args.data_fraction),
-    "budget": ({2: FEW, 4: FEW, 8: FEW, 16: {"MuZero Unplugged"}, 32: {"MuZero Unplugged"}},
-               lambda args: args.num_simulations),
-    "depth": ({x: {"MuZero Unplugged"} for x in (1, 2, 4, 8, 16)}, lambda args: args.search_depth or args.num_simulations),
-    "noise": ({x: {"ROSMO", "MuZero Unplugged"} for x in (0.0, 0.1, 0.3, 0.5)}, lambda args: args.noise),
-    "capacity": ({x: {"ROSMO", "MuZero Unplugged"} for x in (8, 32, 128)}, lambda args: args.dynamics_width),
-    "labels": ({None: {"MuZero Unplugged", "labels of every window"}}, lambda args: None),
-}  # fmt: skip
 
 
 def small_dataset(folder, **meta):
@@ -83,37 +60,21 @@ def read(path):
 # ---------------------------------------------------------------------------------------------------------- One run
 
 
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", bsuite_studies.STUDIES)
 def test_the_runs_of_a_study(study):
-    """Their x is the setting that the script gets; all else is as the script has it, but for the size of the studies."""
-    methods, x_of = STUDIES[study]
-    runs = bsuite_studies.runs_of(bsuite_studies.Args(study=study))
-    tasks = ["catch", "cartpole", "mountain_car"][:: 2 if study == "labels" else 1]
-    level = [("ROSMO", None)] if study in ("budget", "depth") else []
-    found = [(run.columns["method"], run.columns["x"], run.columns["task"], run.columns["seed"]) for run in runs]
-    wanted = level + [(method, x) for x, some in methods.items() for method in some]
-    seeds = 10 if study == "seeds" else 3
-    assert sorted(found, key=str) == sorted(((*w, task, s) for w in wanted for task in tasks for s in range(seeds)), key=str)
-    for run in runs:
-        x, method = run.columns["x"], run.columns["method"]
-        length = {"scores": (200_000, 20), "labels": (30_000, 30)}.get(study, (50_000, 20))
-        assert (run.updates, run.evaluations) == length and run.columns["study"] == study
-        args = SCRIPTS[run.script].Args(**{name.replace("-", "_"): value for name, value in run.flags.items()})
-        assert (args.env_id, args.seed) == (run.columns["task"], run.columns["seed"])
-        assert args.batch_size == (128 if study == "labels" else 512)
-        fraction = 1.0 if study in ("scores", "labels") else x if study in ("coverage", "filter") else 0.2
-        assert args.data_fraction == fraction
-        common = {"num_simulations": 16} if study == "depth" and x is not None else {}
-        own = {"seed", "env_id", "batch_size", "data_fraction"}
-        flag = {"budget": "num_simulations", "depth": "search_depth", "noise": "noise", "capacity": "dynamics_width"}
-        own |= {flag[study]} if study in flag and x is not None else set()
-        changed = {name: value for name, value in vars(args).items() if value != getattr(type(args), name)}
-        assert {name: value for name, value in changed.items() if name not in own} == METHODS[method] | common
-        assert x is None or x_of(args) == x
-        assert (run.script == "benchmark.behavior_filter") == ("authors" in method or "recorded" in method)
-        assert (SCRIPTS[run.script] is muzero_unplugged_bsuite) == (method in FEW | {"labels of every window"})
-        assert (run.script == "benchmark.window_labels") == (method == "labels of every window")
-        assert method in studies.STYLES
+    """Their scripts take their flags; a row of the study's table is of one of them, by the run's name."""
+    runs = {run.name(): run for run in bsuite_studies.runs_of(bsuite_studies.Args(study=study, seeds=range(10)))}
+    length = {"scores": (200_000, 20), "labels": (30_000, 30)}.get(study, (50_000, 20))
+    for run in runs.values():
+        flags = {name.replace("-", "_"): value for name, value in run.flags.items()}
+        assert SCRIPTS[run.script].Args(**flags) and (run.updates, run.evaluations) == length
+        assert run.columns["method"] in studies.STYLES
+        assert run.columns["x"] is None or run.columns["x"] in {*flags.values(), bsuite_studies.STUDIES[study].own}
+    table = studies.ROOT / "benchmark" / "results" / f"bsuite_{study}.csv"
+    for row in read(table) if table.exists() else []:
+        columns = runs[row["run"]].columns
+        found = {name: type(value)(row[name]) if value is not None else None for name, value in columns.items()}
+        assert found == columns
 
 
 def test_other_lengths():
@@ -217,7 +178,8 @@ def test_a_study_goes_on_from_its_table(monkeypatch, tmp_path, dataset):
     table.rename(table.with_name("b.csv"))  # another study's table in the same folder
     lines = table.with_name("b.csv").read_text().splitlines(keepends=True)
     table.with_name("b.csv").write_text("".join(lines[:1] + lines[2:]))  # seed 0 has lost its first row
-    table.with_name("c.csv").write_text("game,step\nPong,10\n")  # a table of another kind
+    table.with_name("c.csv").write_text("game,step\nPong,10\n")  # tables of other kinds
+    table.with_name("d.csv").write_text(f"task,score,run\ncatch,1.0,{first[0].name()}\n")
     assert make_all(first) == rows and made == [first[0].name()] and table.read_text() == text
 
 
@@ -238,27 +200,10 @@ def test_what_is_whole_is_in_the_table_when_a_run_fails(monkeypatch, tmp_path, d
     assert "2" not in {row["seed"] for row in read(table)}
 
 
-def test_parts_cover_every_run_once(monkeypatch, tmp_path, dataset):
-    made = []
-    monkeypatch.setattr(studies, "make", lambda run, folder: made.append(run.name()) or made_up(run, folder))
-    monkeypatch.setattr(bsuite_studies, "record_if_missing", lambda task, noise: dataset)
-    args = bsuite_studies.Args(study="coverage", results=tmp_path / "results")
-    for part in range(4):
-        bsuite_studies.main(dataclasses.replace(args, part=part, parts=4))
-    assert len(set(made)) == len(made) == 5 * 3 * 3 * 3 and not (tmp_path / "results").exists()
-    with pytest.raises(InputError, match="from 0 to --parts - 1"):
-        bsuite_studies.main(dataclasses.replace(args, part=4, parts=4))
-
-
-def test_settings_that_do_not_fit_together(tmp_path):
-    table, folder = tmp_path / "a.csv", small_dataset(tmp_path / "old")
-    args = studies.Args(results=tmp_path)
+def test_a_dataset_without_reference_returns(tmp_path):
+    folder = small_dataset(tmp_path / "old")
     with pytest.raises(InputError, match="no reference_returns"):
-        studies.make_all(runs_on_catch([0]), args, table, lambda *which: folder)
-    with pytest.raises(InputError, match="nothing to run"):
-        studies.make_all([], args, table, lambda *which: folder)
-    with pytest.raises(InputError, match="no run has more evaluations than updates"):
-        studies.make_all([runs_on_catch([0])[0]._replace(updates=1)], args, table, lambda *which: folder)
+        studies.make_all(runs_on_catch([0]), studies.Args(results=tmp_path), tmp_path / "a.csv", lambda *which: folder)
 
 
 # ---------------------------------------------------------------------------------------------------------- Estimates
@@ -310,7 +255,7 @@ def test_table_and_figure(monkeypatch, tmp_path, capsys, dataset, figures):
     assert (tmp_path / "bsuite_coverage.png").stat().st_size > 10_000
     # 9 scores above method and coverage: 0, .01, .02, .1, .11, .12, .5, .51, .52; their middle half is .02 to .5.
     middle = np.mean([0.02, 0.1, 0.11, 0.12, 0.5])
-    xs, lines = list(STUDIES["coverage"][0]), capsys.readouterr().out.splitlines()
+    xs, lines = [0.01, 0.05, 0.2, 0.5, 1.0], capsys.readouterr().out.splitlines()
     assert "| task | fraction of the episodes | 0.01 | 0.05 | 0.2 | 0.5 | 1 |" in lines
     assert lines[-1].startswith("135 runs of 50,000 updates: ")
     (line,) = (line for line in lines if line.startswith("| cartpole | MuZero Unplugged |"))
@@ -334,32 +279,6 @@ def test_table_and_figure(monkeypatch, tmp_path, capsys, dataset, figures):
     assert len(read(tmp_path / "bsuite_coverage.csv")) == 5 * 3 * 3 * 3 * 20
     with pytest.raises(InputError, match=r"--xs of coverage are of 0.01, 0.05, 0.2, 0.5, 1.0, not 0.3"):
         bsuite_studies.main(dataclasses.replace(args, xs=(0.05, 0.3)))
-
-
-def test_the_table_has_a_cell_for_every_place(monkeypatch, tmp_path, capsys, dataset, figures):
-    """A level has the same score everywhere; MZU-Q is left out where it has no runs."""
-
-    def make(run, folder):
-        score = run.flags.get("num-simulations", 20) / 10 if run.columns["method"] != "ROSMO" else 9.0
-        steps = range(2500, 50_001, 2500)
-        return [{"step": step, "normalized_score": score, "update_seconds": step / 1000} for step in steps]
-
-    monkeypatch.setattr(studies, "make", make)
-    monkeypatch.setattr(studies, "BOOTSTRAPS", 5)
-    monkeypatch.setattr(bsuite_studies, "record_if_missing", lambda task, noise: dataset)
-    args = bsuite_studies.Args(study="budget", results=tmp_path, xs=(32, 8, 4), tasks=("catch",), seeds=(0, 1))
-    bsuite_studies.main(args)
-    lines = capsys.readouterr().out.splitlines()
-    both = {score: f"{score} [{score}, {score}]: {score}, {score}" for score in ("0.40", "0.80", "3.20", "9.00")}
-    for method, scores in {
-        "ROSMO": ["9.00"] * 3,
-        "MuZero Unplugged": ["0.40", "0.80", "3.20"],
-        "MZU-Q": ["0.40", "0.80"],
-        "Gumbel MuZero": ["0.40", "0.80"],
-    }.items():
-        cells = [both[score] for score in scores] + [""] * (3 - len(scores))
-        assert f"| catch | {method} | {' | '.join(cells)} |" in lines
-    assert lines[-1].startswith("16 runs of 50,000 updates: ")
 
 
 def test_a_level_to_compare_with(tmp_path, figures):
@@ -583,6 +502,6 @@ def test_throughput(monkeypatch, capsys, catch_dataset):
 
 
 def test_convert_atari(tmp_path, capsys):
-    convert_atari.main(convert_atari.Args(steps=40, folder=tmp_path))
-    assert capsys.readouterr().out.splitlines()[-2].startswith("40 steps of ")
+    convert_atari.main(convert_atari.Args(steps=1, folder=tmp_path))
+    assert capsys.readouterr().out.splitlines()[-2].startswith("1447 steps of 336 bytes in the source: ")
     assert not list(tmp_path.iterdir())
