@@ -14,8 +14,7 @@ Schrittwieser et al.: "Online and Offline Reinforcement Learning by Planning wit
     python muzero_unplugged_atari.py --resume RUN_DIR    # goes on with a stopped run; --eval-only scores its last checkpoint
 
 In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), N the steps of the dataset,
-S the shape of a latent state (6 x 6 x channels), A the number of actions; h, g and f are representation, dynamics and
-prediction.
+S the shape of a latent state, A the number of actions; h, g and f are representation, dynamics and prediction.
 """
 
 import functools
@@ -722,7 +721,8 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     model = Model(meta["num_actions"], args)
     state = jax.device_put(jax.device_get(init_state((84, 84, 4), model)), P())  # on every device
 
-    first = jax.process_index() == 0  # of several processes the first writes and talks
+    if first := jax.process_index() == 0:  # of several processes the first writes and talks
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
     if args.eval_only or checkpoints.latest_step():

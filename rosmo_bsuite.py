@@ -440,8 +440,7 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, Steps, dict[str, Any]
         require(np.isfinite(getattr(data, name)).all(), f"{of} has a value that is not finite ({name}.npy)")
     episode, random = np.cumsum(data.is_first) - 1, np.random.default_rng(args.seed)  # [N], of the step
 
-    def draw(episodes: np.ndarray, fraction: float) -> np.ndarray:
-        """A fraction of the episodes: of as many equal stretches as are drawn, one episode each."""
+    def draw(episodes: np.ndarray, fraction: float) -> np.ndarray:  # one of each of as many equal stretches as are drawn
         edges = np.linspace(0, len(episodes), max(1, round(fraction * len(episodes))) + 1).astype(int)
         return episodes[random.integers(edges[:-1], edges[1:])]
 
@@ -574,7 +573,8 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     state = init_state((int(np.prod(meta["observation_shape"])),), model)
     state = jax.device_put(jax.device_get(state), P())  # on every device
 
-    first = jax.process_index() == 0  # of several processes the first writes and talks
+    if first := jax.process_index() == 0:  # of several processes the first writes and talks
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
     if args.eval_only or checkpoints.latest_step():

@@ -43,9 +43,9 @@ def spread(values: list[float], unit: str) -> str:
 
 def bsuite(script: Any, args: Any) -> dict[str, str]:
     """Labels of the dataset and compiled loops of updates."""
-    data, meta = script.load_dataset(args.data_dir or record_bsuite.record_if_missing(args.env_id, args.noise), args)
+    data, _, meta = script.load_dataset(args.data_dir or record_bsuite.record_if_missing(args.env_id, args.noise), args)
     data, model = jax.device_put(data, jax.P()), script.Model(meta["num_actions"], args)
-    state = script.init_state(data.observation.shape[1:], model)
+    state = jax.device_put(jax.device_get(script.init_state(data.observation.shape[1:], model)), jax.P())
     environments = gymnasium.make_vec(args.env_id, args.eval_episodes, "sync")
     start = time.perf_counter()
     labels = jax.block_until_ready(script.label_dataset(state, data, model))
@@ -76,7 +76,7 @@ def atari(script: Any, args: Any) -> dict[str, str]:
     """Single updates on batches of windows."""
     data, rows, meta = script.load_dataset(args.data_dir or record_atari.record_if_missing(args.env_id), args)
     model = script.Model(meta["num_actions"], args)
-    state = script.init_state((84, 84, 4), model)
+    state = jax.device_put(jax.device_get(script.init_state((84, 84, 4), model)), jax.P())
     batches = script.batches(data, rows, state.key, 0, args)
     batch = next(batches)
     start = time.perf_counter()

@@ -108,7 +108,8 @@ def open_shards(files: list[Path]) -> Source:
                     f"The episodes in order are needed (its folder atari_episodes_ordered, 50 files)"
                 )
             reward, terminal = example["clipped_rewards"], bool(example["discounts"][-1] == 0)
-            returns.append((float(np.sum(reward[:-1])), float(example["clipped_episode_return"][0])))
+            if isinstance(reward, np.ndarray):
+                returns.append((float(np.sum(reward[:-1])), float(example["clipped_episode_return"][0])))
             return example["observations"], example["actions"], reward, terminal
         except (KeyError, IndexError) as error:
             raise InputError(f"{where}: the record is no episode of RL Unplugged: {error!r}") from None

@@ -60,10 +60,10 @@ def wait_for(condition: Any, process: subprocess.Popen, seconds: float = 200) ->
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """Lines of metrics.jsonl, without the speed."""
+    """Lines of metrics.jsonl, without what was timed."""
     path = run_dir / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{name: value for name, value in line.items() if name != "train/updates_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
 def scores(lines: list[dict]) -> list[dict]:

@@ -376,7 +376,7 @@ def test_labels_of_every_window(monkeypatch, catch_dataset):
     """A step that two windows hold has two searches. Without noise and ties they are one, and the update is the script's."""
     script, flags = muzero_unplugged_bsuite, ["--data-dir", str(catch_dataset), *small_flags(muzero_unplugged_bsuite)]
     args = script.parse_args([*flags, "--dirichlet-fraction", "0.0"])
-    data, meta = script.load_dataset(catch_dataset, args)
+    data, _, meta = script.load_dataset(catch_dataset, args)
     model = script.Model(meta["num_actions"], args)
     state = script.init_state(data.observation.shape[1:], model)
     leaves, tree = jax.tree.flatten(state.params)
@@ -408,7 +408,7 @@ def test_labels_of_every_window(monkeypatch, catch_dataset):
 def test_other_behaviour_filters(catch_dataset, which):
     """r + gamma v(s') - v(s), s' the encoding of the observed next state; all other labels are the script's."""
     args = behavior_filter.Args(filter=which, batch_size=64)
-    data, meta = rosmo_bsuite.load_dataset(catch_dataset, args)
+    data, _, meta = rosmo_bsuite.load_dataset(catch_dataset, args)
     data = jax.tree.map(jax.numpy.asarray, data)
     model = rosmo_bsuite.Model(meta["num_actions"], args)
     state = rosmo_bsuite.init_state(data.observation.shape[1:], model)

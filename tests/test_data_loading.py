@@ -39,7 +39,7 @@ def load(script, folder, **settings):
     """The steps that are kept, their rows, and meta.json."""
     settings = {"unroll_steps": 2, "bootstrap_steps": 2} | settings
     loaded = script.load_dataset(folder, script.Args(**settings))
-    return loaded if is_atari(script) else (loaded[0], loaded[0].observation[:, 0].astype(int), loaded[1])
+    return loaded if is_atari(script) else (loaded[0], loaded[0].observation[:, 0].astype(int), loaded[2])
 
 
 def change(field, index, value, dtype=None):
@@ -262,22 +262,12 @@ def test_reading_ahead(tmp_path):
     data, rows = counted(tmp_path / "data")
     devices, reads = jax.device_count(), data.reward.reads
     data.reward.limit = 9 * devices
-    windows = rosmo_atari.batches(data, rows, jax.random.PRNGKey(0), 0, dataclasses.replace(ATARI, data_place="host"))
+    windows = rosmo_atari.batches(
+        data, rows, jax.random.PRNGKey(0), 0, dataclasses.replace(ATARI, data_place="host", data_readers=4)
+    )
     for used in range(1, 10):
         assert next(windows).reward.shape == (4, 8)
         time.sleep(0.1)  # for what may be read by now
         assert used * devices <= len(reads) <= (used + 4) * devices
     with pytest.raises(OSError, match="the disk has gone"):
         next(windows)
-
-
-@pytest.mark.parametrize(("room", "reads"), [(0, False), (1.9, False), (2.1, True)])
-def test_frames_go_to_the_device_if_they_fit_twice(tmp_path, monkeypatch, room, reads):
-    """A CPU says nothing of its memory. What went to the device is read once, whole."""
-    data, rows = counted(tmp_path / "data")
-    used, needed = 10**6, data.observation.nbytes
-    stats = {"bytes_limit": used + int(room * needed), "bytes_in_use": used} if room else None
-    device = types.SimpleNamespace(memory_stats=lambda: stats)
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    next(rosmo_atari.batches(data, rows, jax.random.PRNGKey(0), 0, ATARI))
-    assert all((shape == (19,)) == reads for shape in data.reward.reads)

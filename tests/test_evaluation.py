@@ -62,7 +62,7 @@ def evaluated(script, monkeypatch, step=0, meta=None, act=random_act, run_dir=No
         return script.evaluate(state, environments, model, meta or {}), environments
     made = []
     monkeypatch.setattr(
-        script, "make_environments", lambda _, seeds: made.append(RecordedFrames(len(seeds), seeds)) or made[0]
+        script, "make_environments", lambda _, seeds, rom_dir: made.append(RecordedFrames(len(seeds), seeds)) or made[0]
     )
     return script.evaluate(state, model, meta or {}, run_dir), made[0]
 

@@ -63,7 +63,7 @@ def benchmarks(algorithm: str) -> Pair:
         only=networks
         | frames
         | environments
-        | {"import cv2", "write_video", "CPU_SIZE", "from jax.sharding"},  # BSuite has no pictures
+        | {"import cv2", "write_video", "CPU_SIZE", "from jax.sharding", "read_frames"},  # BSuite has no pictures
         rewritten={
             "docstring",  # other commands and packages
             "Model",  # networks of convolutions
@@ -72,15 +72,14 @@ def benchmarks(algorithm: str) -> Pair:
             "main",  # how environments are made, and how batches come
         },
         without={
-            "Args": f"^    (env_id|data_dir|noise|data_place|unroll_steps|bootstrap_steps|num_bins|encoder|{sizes}"
-            "|eval_interval|log_interval|capture_video|cpu_size):",
+            "Args": "^    (env_id|data_dir|noise|data_place|data_readers|rom_dir|unroll_steps|bootstrap_steps|num_bins"
+            f"|encoder|{sizes}|eval_interval|eval_max_steps|eval_fraction|log_interval|capture_video|cpu_size):",
             "Steps": '"""|observation: ',
             "load_dataset": r'def |"""|Format:|Raises|fifbbb|uifbbb|np.load|arrays do not|env_id|observation|return'
-            "|isfinite",
+            "|isfinite|episode|edges|drawn|held_out|longest|kept",  # on BSuite some episodes can be held out
             "act": '"""|representation',  # the shapes of observations
-            "evaluate": r'def |"""|nois|film|video|normalised|seed|reset|number, step',  # noise; a video
-            "parse_args": "cpu_size",
-            "if __name__": "except",  # Gymnasium's errors
+            "evaluate": r'def |"""|nois|film|video|normalised|seed|reset|number, step|steps|cut_|is_playing',  # videos
+            "parse_args": "cpu_size|seed",
         },
     )
 
@@ -88,7 +87,7 @@ def benchmarks(algorithm: str) -> Pair:
 PAIRS = [
     algorithms("bsuite", {"label_dataset": "zeros = Labels"}),
     # A search turns the errors of a younger model into its targets: it copies the parameters less often.
-    algorithms("atari", {"CPU_SIZE": "learning_rate_decay_steps"}),
+    algorithms("atari", {"CPU_SIZE": "eval_interval"}),
     benchmarks("rosmo"),
     benchmarks("muzero_unplugged"),
 ]

@@ -112,7 +112,7 @@ def test_files_of_a_run(script, request):
     assert train[-1]["train/param_norm"] == pytest.approx(train[-2]["train/param_norm"], rel=0.1)
     assert train[-1]["train/value_loss"] == pytest.approx(train[-2]["train/value_loss"], rel=0.25)
     if atari:
-        assert sorted(path.name for path in (run_dir / "videos").iterdir()) == ["18.mp4", "23.mp4", "9.mp4"]
+        assert sorted(path.name for path in (run_dir / "videos").iterdir()) == ["18.webm", "23.webm", "9.webm"]
     assert checkpoint_steps(run_dir) == ([20, 23] if atari else [400, 437])
 
 
@@ -141,7 +141,8 @@ def test_eval_only_scores_the_last_checkpoint(bsuite_run, atari_run, capsys):
     for script, run_dir in ((rosmo_bsuite, bsuite_run), (rosmo_atari, atari_run)):
         before = metrics(run_dir)
         run(script, ["--resume", run_dir, "--eval-only", "--data-dir", "nowhere"])
-        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == scores(before)[-1]
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found == {name: value for name, value in scores(before)[-1].items() if name != "eval/seconds"}
         assert metrics(run_dir) == before
 
 
@@ -211,7 +212,7 @@ def test_a_run_without_an_environment(tmp_path):
     lines, flags = [], [*SMALL, "--env-id", "plant", "--total-steps", 20, "--eval-interval", 10]
     for terminal in (True, False):
         run_dir, data_dir = tmp_path / f"run_{terminal}", random_play(tmp_path / f"data_{terminal}", "plant", terminal)
-        with pytest.raises(gymnasium.error.Error, match="`plant` doesn't exist"):
+        with pytest.raises(rosmo_bsuite.InputError, match="`plant` doesn't exist"):
             run(rosmo_bsuite, [*flags, "--data-dir", data_dir, "--run-dir", run_dir])
         run(rosmo_bsuite, [*flags, "--data-dir", data_dir, "--run-dir", run_dir, "--eval-episodes", 0])
         assert [line["step"] for line in metrics(run_dir)] == [10, 20] and scores(metrics(run_dir)) == []
@@ -238,7 +239,7 @@ def test_a_signal_ends_a_program_with_a_checkpoint(signum, flags, bsuite_run, tm
     wait_for(lambda: len(metrics(tmp_path / "run")) >= 4, process)
     process.send_signal(signum)
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 128 + signum and "Traceback" not in err and "1 x cpu" in out
+    assert process.returncode == 0 and "Traceback" not in err and "1 x cpu" in out
     (step,) = checkpoint_steps(tmp_path / "run")
     assert step >= metrics(tmp_path / "run")[-1]["step"] >= 40
     for one, two in zip(metrics(tmp_path / "run")[:4], metrics(bsuite_run), strict=False):
@@ -248,9 +249,11 @@ def test_a_signal_ends_a_program_with_a_checkpoint(signum, flags, bsuite_run, tm
 def as_program(script, monkeypatch, *arguments):
     """The exit code of the script, run in this process under the name __main__."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
+    try:
         runpy.run_path(script.__file__, run_name="__main__")
-    return end.value.code
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def test_a_second_signal_ends_the_program_itself(flags, tmp_path, monkeypatch):
@@ -266,7 +269,7 @@ def test_a_second_signal_ends_the_program_itself(flags, tmp_path, monkeypatch):
         return device_count()
 
     monkeypatch.setattr(jax, "device_count", signalled)
-    assert as_program(rosmo_bsuite, monkeypatch, *flags, "--run-dir", tmp_path / "run") == 128 + signum
+    assert as_program(rosmo_bsuite, monkeypatch, *flags, "--run-dir", tmp_path / "run") == 0
     assert handlers[signum] is signal.SIG_DFL and checkpoint_steps(tmp_path / "run") == []
     monkeypatch.undo()
     run(rosmo_bsuite, ["--resume", tmp_path / "run", "--total-steps", 10])  # from the start, as there is no checkpoint
@@ -293,8 +296,9 @@ def test_a_batch_is_split_over_the_cores(cores, flags, devices, monkeypatch):
     """Over as many as can share it, at most 8."""
     chosen = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
-    monkeypatch.setattr(jax.config, "update", lambda *setting: chosen.append(setting) or sys.exit(3))
-    assert as_program(rosmo_bsuite, monkeypatch, *flags) == 3 and chosen == [("jax_num_cpu_devices", devices)]
+    monkeypatch.setattr(jax.config, "update", lambda *setting: chosen.append(setting) or (len(chosen) == 2 and sys.exit(3)))
+    assert as_program(rosmo_bsuite, monkeypatch, *flags) == 3 and chosen[1] == ("jax_num_cpu_devices", devices)
+    assert chosen[0] == ("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 # ------------------------------------------------------------------------------------------------------------- Errors
@@ -303,14 +307,15 @@ def test_a_batch_is_split_over_the_cores(cores, flags, devices, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "arguments", "sentence"),
     [
-        (rosmo_bsuite, ["--env-id", "cach"], "doesn't exist. Did you mean: `catch`?"),
+        (rosmo_bsuite, ["--env-id", "cach"], "is of ('catch', 0.0), not of ('cach', 0.0)"),
         (rosmo_bsuite, ["--batch-size", 15], "--batch-size cannot be shared by 2 devices"),
         (rosmo_bsuite, ["--num-simulations", 8], "--num-simulations is used with --sampling only"),
         (rosmo_bsuite, ["--eval-only"], "--eval-only needs --resume"),
         (rosmo_bsuite, ["--resume", "nowhere"], "nowhere is not the folder of a run"),
         (rosmo_bsuite, ["--resume", "x", "--run-dir", "y"], "name no --run-dir beside it"),
         (rosmo_bsuite, ["--distributed"], "--distributed needs --run-dir"),
-        (rosmo_atari, ["--env-id", "ALE/MsPacman-v5"], "names are as in MsPacman"),
+        (rosmo_atari, ["--env-id", "MsPacman"], "is of Breakout, not of MsPacman"),
+        (rosmo_atari, ["--rom-dir", "nowhere"], "nowhere has no atari/roms/*.bin"),
         (muzero_unplugged_bsuite, ["--search-depth", 5], "--search-depth is at most --num-simulations"),
         (muzero_unplugged_bsuite, ["--tau", 0.5], "--tau has no part in --policy-target visit_counts"),
         (muzero_unplugged_bsuite, ["--policy-target", "mzu_q", "--temperature", 2], "--temperature has no part in"),
@@ -368,7 +373,7 @@ def test_resuming_what_cannot_be_resumed(bsuite_run, tmp_path, monkeypatch):
         with pytest.raises(rosmo_bsuite.InputError, match=sentence):
             run(rosmo_bsuite, ["--resume", copy, *arguments])
         assert ((copy / "args.json").read_text(), metrics(copy)) == before
-    run(rosmo_bsuite, ["--resume", copy, "--total-steps", 100])  # it has made more: nothing is left to do
+    run(rosmo_bsuite, ["--resume", copy])  # it has made all updates: nothing is left to do
     assert metrics(copy) == before[1] and checkpoint_steps(copy) == [400, 437]
 
 
@@ -381,8 +386,8 @@ def test_errors_are_one_sentence_and_exit_code_2(catch_dataset, bsuite_run, tmp_
     (damaged / "args.json").write_text(json.dumps({"args": settings["args"] | {"old_flag": 3}}))
     for arguments, sentence in (
         (["--eval-only"], "--eval-only needs --resume"),
-        (["--env-id", "cach", "--data-dir", catch_dataset], "Environment `cach` doesn't exist"),
-        (["--data-dir", catch_dataset, "--run-dir", tmp_path], "File exists"),
+        (["--env-id", "cach", "--data-dir", catch_dataset], "not of ('cach', 0.0)"),
+        (["--data-dir", catch_dataset, "--run-dir", damaged / "args.json", "--eval-episodes", 0], "File exists"),
         (["--resume", damaged], "old_flag"),
     ):
         assert as_program(rosmo_bsuite, monkeypatch, *arguments) == 2
