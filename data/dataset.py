@@ -80,12 +80,12 @@ def as_python(value: Any) -> Any:
 
 
 def as_numbers(name: str, values: ArrayLike) -> NDArray:
-    """An array [L, ...] of integers or floats; booleans become floats. Raises InputError for anything else."""
+    """An array [L, ...] of integers or floats; observations may be booleans. Raises InputError for anything else."""
     try:
         array = np.asarray(values)
     except (TypeError, ValueError):
         raise InputError(f"{name} have no common shape, or are no numbers") from None
-    array = array.astype(np.float32) if array.dtype.kind == "b" else array
+    array = array.astype(np.float32) if array.dtype == bool and name == "observations" else array
     if array.dtype.kind not in "iuf" or array.ndim == 0:
         raise InputError(f"{name} must be an array of numbers, one row a step, not {array.dtype} {array.shape}")
     return array

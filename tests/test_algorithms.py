@@ -119,7 +119,7 @@ PAPER = {
 }  # fmt: skip
 CPU_SIZE = {
     "batch_size": 32, "total_steps": 20_000, "encoder": "cnn", "channels": 16, "representation_blocks": 0,
-    "dynamics_blocks": 1, "prediction_blocks": 0, "head_channels": 8, "head_width": 128, "num_bins": 81, "unroll_steps": 3,
+    "dynamics_blocks": 1, "prediction_blocks": 0, "head_channels": 8, "num_bins": 81, "unroll_steps": 3,
     "bootstrap_steps": 3, "learning_rate": 2e-3, "warmup_steps": 200, "learning_rate_decay_steps": 15_000,
     "eval_interval": 2_500,
 }  # fmt: skip

@@ -117,7 +117,7 @@ def test_video(monkeypatch, tmp_path):
     evaluated(rosmo_atari, monkeypatch, **settings, capture_video=False)
     assert not (tmp_path / "videos").exists()
     evaluated(rosmo_atari, monkeypatch, **settings, capture_video=True)
-    video, frames = cv2.VideoCapture(str(tmp_path / "videos" / "30.mp4")), []
+    video, frames = cv2.VideoCapture(str(tmp_path / "videos" / "30.webm")), []
     while (frame := video.read()[1]) is not None:
         frames.append(frame)
     assert [frame.shape for frame in frames] == [(336, 336, 3)] * 3

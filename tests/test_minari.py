@@ -102,7 +102,7 @@ def test_the_environment_of_the_data(tmp_path, store):
         ("named-v0", {}, "exists already"),
         ("named-v0", {"noise": 1.5, "env_id": "new"}, "from 0 to 1"),
         ("no-v0", {}, "there is no no-v0"),
-        (str(tmp_path), {}, "name the task .* by --env-id"),
+        (str(tmp_path), {}, "is no dataset of these formats"),
     ):
         with pytest.raises(InputError, match=sentence):
             convert_bsuite.convert(Path(source), **settings)
