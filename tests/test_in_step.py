@@ -145,7 +145,7 @@ def test_scripts_are_in_step(pair):
     [
         (0, "return jnp.sign(x) * (jnp.sqrt(", "return jnp.sign(x) * 1 * (jnp.sqrt("),  # a line of a function
         (0, '"value_loss": cross_entropy(', '"value_loss": 2 * cross_entropy('),  # in a function that may lack other lines
-        (2, "is_playing &= ~(terminated | truncated)", "is_playing &= ~terminated"),  # the evaluation
+        (2, "key, act_key = jax.random.split(key)", "act_key = key"),  # the evaluation
         (2, "data.is_last[data.is_terminal].all()", "data.is_last.all()"),  # what a dataset must be
     ],
 )
