@@ -2,7 +2,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "jax>=0.7.1", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.20", "numpy>=2.0", "tyro>=0.9.30",
-#     "pydantic>=2.8", "tqdm>=4.66", "wandb>=0.19", "mctx>=0.0.5", "envpool>=1.2.5", "opencv-python-headless>=4.10",
+#     "mctx>=0.0.5",
+#     "pydantic>=2.8", "tqdm>=4.66", "wandb>=0.19", "envpool>=1.2.5", "opencv-python-headless>=4.10",
 # ]
 # ///
 """MuZero Unplugged on Atari in one file: offline reinforcement learning by tree search with a learned model.
@@ -11,8 +12,8 @@ Schrittwieser et al.: "Online and Offline Reinforcement Learning by Planning wit
 (arXiv 2104.06294), with the model, the losses and the settings of ROSMO (arXiv 2210.05980).
 
     python muzero_unplugged_atari.py --env-id Breakout   # the paper's settings, for GPUs; --cpu-size suits a CPU
-    python muzero_unplugged_atari.py --resume RUN_DIR    # goes on with a stopped run; --eval-only scores its last checkpoint
 
+--resume RUN_DIR goes on with a stopped run; with --eval-only it scores the run's last checkpoint.
 In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), N the steps of the dataset,
 S the shape of a latent state, A the number of actions; h, g and f are representation, dynamics and prediction.
 """
@@ -638,7 +639,7 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
 
 @functools.partial(jax.jit, static_argnames="model")
 def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> jax.Array:
-    """Actions [V] at observations [V, 4, 84, 84] uint8, by search."""
+    """Actions [V] at observations [V, 4, 84, 84] uint8."""
     net = model.bind(params)
     state = net.representation(jnp.moveaxis(observation, 1, -1))
     return search(params, key, state, net.prediction(state), model)[0]

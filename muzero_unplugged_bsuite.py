@@ -2,7 +2,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "jax>=0.7.1", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.20", "numpy>=2.0", "tyro>=0.9.30",
-#     "pydantic>=2.8", "tqdm>=4.66", "wandb>=0.19", "mctx>=0.0.5", "bsuite>=0.3.6", "gymnasium>=1.0",
+#     "mctx>=0.0.5",
+#     "pydantic>=2.8", "tqdm>=4.66", "wandb>=0.19", "bsuite>=0.3.6", "gymnasium>=1.0",
 # ]
 # ///
 """MuZero Unplugged on BSuite in one file: offline reinforcement learning by tree search with a learned model.
@@ -11,8 +12,8 @@ Schrittwieser et al.: "Online and Offline Reinforcement Learning by Planning wit
 (arXiv 2104.06294), with the model, the losses and the settings of ROSMO (arXiv 2210.05980).
 
     python muzero_unplugged_bsuite.py --env-id catch     # the paper's settings; --total-steps 20000 is about a minute
-    python muzero_unplugged_bsuite.py --resume RUN_DIR   # goes on with a stopped run; --eval-only scores its last checkpoint
 
+--resume RUN_DIR goes on with a stopped run; with --eval-only it scores the run's last checkpoint.
 In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), N the steps of the dataset,
 F, S and A the sizes of observation, latent state and actions; h, g and f are representation, dynamics and prediction.
 """
@@ -557,7 +558,7 @@ for name in BSUITE.keys() - gymnasium.registry.keys():
 
 @functools.partial(jax.jit, static_argnames="model")
 def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> jax.Array:
-    """Actions [V] at observations [V, ...], by search."""
+    """Actions [V] at observations [V, ...]."""
     net = model.bind(params)
     state = net.representation(observation.reshape(len(observation), -1))
     return search(params, key, state, net.prediction(state), model)[0]

@@ -10,8 +10,8 @@
 Liu, Li, Lee, Yan, Xu: "Efficient Offline Policy Optimization with a Learned Model", ICLR 2023 (arXiv 2210.05980).
 
     python rosmo_atari.py --env-id Breakout   # the paper's settings, for GPUs; --cpu-size suits a CPU
-    python rosmo_atari.py --resume RUN_DIR    # goes on with a stopped run; --eval-only scores its last checkpoint
 
+--resume RUN_DIR goes on with a stopped run; with --eval-only it scores the run's last checkpoint.
 In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), N the steps of the dataset,
 S the shape of a latent state, A the number of actions; h, g and f are representation, dynamics and prediction.
 """
@@ -568,7 +568,7 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
 
 @functools.partial(jax.jit, static_argnames="model")
 def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> jax.Array:
-    """Actions [V] at observations [V, 4, 84, 84] uint8, from the improved policy (with sampling, from the prior)."""
+    """Actions [V] at observations [V, 4, 84, 84] uint8."""
     net = model.bind(params)
     state = net.representation(jnp.moveaxis(observation, 1, -1))
     prediction = net.prediction(state)

@@ -10,8 +10,8 @@
 Liu, Li, Lee, Yan, Xu: "Efficient Offline Policy Optimization with a Learned Model", ICLR 2023 (arXiv 2210.05980).
 
     python rosmo_bsuite.py --env-id catch     # the paper's settings; --total-steps 20000 is about a minute
-    python rosmo_bsuite.py --resume RUN_DIR   # goes on with a stopped run; --eval-only scores its last checkpoint
 
+--resume RUN_DIR goes on with a stopped run; with --eval-only it scores the run's last checkpoint.
 In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), N the steps of the dataset,
 F, S and A the sizes of observation, latent state and actions; h, g and f are representation, dynamics and prediction.
 """
@@ -485,7 +485,7 @@ for name in BSUITE.keys() - gymnasium.registry.keys():
 
 @functools.partial(jax.jit, static_argnames="model")
 def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> jax.Array:
-    """Actions [V] at observations [V, ...], drawn from the improved policy (with sampling, from the prior)."""
+    """Actions [V] at observations [V, ...]."""
     net = model.bind(params)
     state = net.representation(observation.reshape(len(observation), -1))
     prediction = net.prediction(state)
