@@ -5,6 +5,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tyro
@@ -173,6 +174,8 @@ def test_resizing():
     fine = gray(image).repeat(2, axis=0).repeat(21, axis=1)  # [420, 3360], which 84 divides
     areas = fine.reshape(84, 5, 84, 40).mean((1, 3))
     assert np.abs(minari_datasets.to_frame(image) - areas).max() <= 1
+    first_gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    assert np.array_equal(minari_datasets.to_frame(image), cv2.resize(first_gray, (84, 84), interpolation=cv2.INTER_AREA))
 
 
 @pytest.mark.parametrize("side", [31, 32])
