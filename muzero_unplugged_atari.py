@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "jax>=0.7.1", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.20", "numpy>=2.0", "tyro>=0.9.30",
+#     "jax>=0.7.1", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.31", "numpy>=2.0", "tyro>=0.9.30",
 #     "mctx>=0.0.5",
 #     "pydantic>=2.8", "tqdm>=4.66", "wandb>=0.19", "envpool>=1.2.5", "opencv-python-headless>=4.10",
 # ]
@@ -538,8 +538,7 @@ def require(is_right: Any, fault: str) -> None:
 
 
 def load_dataset(folder: Path, args: Args) -> tuple[Steps, np.ndarray, dict[str, Any]]:
-    """A dataset's steps [N], with memory-mapped frames; the rows [M] of a fraction of its episodes; and its meta.json.
-    Format: data/README.md in the repository.
+    """Steps [N] with memory-mapped frames, rows [M] of the episodes that are kept, and meta.json. Format: data/README.md.
     Raises InputError for a dataset that is missing or damaged, of another game, or would make training silently wrong."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -561,8 +560,8 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, np.ndarray, dict[str,
     episode = np.cumsum(data.is_first) - 1  # [N], of the step
     edges = np.linspace(0, episode[-1] + 1, max(1, round(args.data_fraction * (episode[-1] + 1))) + 1).astype(int)
     kept = np.isin(episode, np.random.default_rng(args.seed).integers(edges[:-1], edges[1:]))
-    window = args.unroll_steps + args.bootstrap_steps + 1
-    require(np.bincount(episode[kept]).max() >= window, f"{of} has no episode of {window} steps, a window")
+    has_window = np.bincount(episode[kept]).max() > args.unroll_steps + args.bootstrap_steps
+    require(has_window, f"{of} has no episode of K + n + 1 steps, a window")
     return data, kept.nonzero()[0].astype(np.int32), meta
 
 
@@ -570,7 +569,7 @@ def read_frames(file: np.memmap, rows: np.ndarray) -> np.ndarray:
     """Frames [..., 84, 84] at rows [...] of the file. Rows that lie side by side are read at once: disks are fast so."""
     frames = np.empty((rows.size, *file.shape[1:]), np.uint8)
     starts = np.flatnonzero(np.diff(rows.ravel(), prepend=-2) != 1)
-    with open(str(file.filename), "rb", buffering=0) as raw:
+    with open(str(file.filename), "rb") as raw:
         for start, end in zip(starts, [*starts[1:], rows.size], strict=True):
             raw.seek(file.offset + int(rows.flat[start]) * frames[0].nbytes)
             raw.readinto(frames[start:end].data)
@@ -687,7 +686,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         require((args.seed, args.cpu_size) == (saved.seed, saved.cpu_size), "--seed and --cpu-size stay as they were")
     elif args.run_dir and (args.run_dir / "args.json").exists():  # the same command goes on, in a job that is queued again
         saved = Args(**json.loads((args.run_dir / "args.json").read_text())["args"])
-        same = vars(args) | {name: getattr(saved, name) for name in ("data_dir", "resume", "run_dir")} == vars(saved)
+        data_dir = args.data_dir.absolute() if args.data_dir else saved.data_dir
+        same = vars(args) | {"data_dir": data_dir, "resume": saved.resume, "run_dir": saved.run_dir} == vars(saved)
         require(same, f"{args.run_dir} has a run with other settings: name another --run-dir, or go on with --resume")
     require(not args.eval_only or (args.resume and args.eval_episodes), "--eval-only needs --resume and --eval-episodes")
     require(not args.distributed or args.resume or args.run_dir, "--distributed needs --run-dir: all train in one folder")
@@ -759,16 +759,16 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     compiled = update_windows.lower(state, batch, model).compile()
     bar = tqdm(initial=step, total=args.total_steps, unit="update", disable=None if first else True)
     sums, first_step, logged_step, seconds, wait_seconds = dict[str, float](), step, step, 0.0, 0.0
-    running = list[dict[str, jax.Array]]()  # metrics of the updates on the device
+    running, is_due = list[dict[str, jax.Array]](), True  # metrics of the updates on the device; whether all are awaited
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval)
-    while step < args.total_steps and not stopped_by:
+    while step < args.total_steps and not (is_due and stopped_by):
         start = time.perf_counter()
         state, metrics = compiled(state, batch)
         wait_seconds -= time.perf_counter()
         batch = next(windows)
         wait_seconds += time.perf_counter()
         step, running = step + 1, [*running, metrics]
-        is_due = stopped_by or step in (first_step + 1, args.total_steps) or 0 in [step % every for every in intervals]
+        is_due = bool(stopped_by) or step in (first_step + 1, args.total_steps) or 0 in [step % every for every in intervals]
         while len(running) > (0 if is_due else 1):  # waits for all updates but one, so that the device always has work
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(running.pop(0)).items()}
         seconds += time.perf_counter() - start
@@ -792,7 +792,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
             if args.track:
                 video = run_dir / "videos" / f"{step}.webm"
                 wandb.log(line | ({"eval/video": wandb.Video(str(video))} if video.exists() else {}), step=step)
-        if done or stopped_by or step % args.checkpoint_interval == 0:  # last: a kill loses only what comes after it
+        if done or (is_due and stopped_by) or step % args.checkpoint_interval == 0:  # last: what comes after it can be lost
             checkpoints.save(step, args=ocp.args.StandardSave(state))
 
 

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "jax>=0.7.1", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.20", "numpy>=2.0", "tyro>=0.9.30",
+#     "jax>=0.7.1", "flax>=0.11", "optax>=0.2.5", "orbax-checkpoint>=0.11.31", "numpy>=2.0", "tyro>=0.9.30",
 #     "mctx>=0.0.5",
 #     "pydantic>=2.8", "tqdm>=4.66", "wandb>=0.19", "bsuite>=0.3.6", "gymnasium>=1.0",
 # ]
@@ -438,8 +438,8 @@ def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, mode
 def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
     """Labels [N] of the steps that windows read before the next target copy; zeros for the others.
 
-    Until the target parameters change, a step has the same labels in all windows that hold it. So it is labelled once:
-    draw the windows of all updates up to the next copy, by the keys of update_many, and label their steps in chunks.
+    Until the target parameters change, a step has the same labels in all windows that hold it, so it is labelled once:
+    draw the windows up to the next copy, as update_many will, and label their steps in chunks. A step takes memory for A^2.
     """
     length, interval = len(data.action), model.args.target_update_interval
     size = jax.device_count() * min(1024 if jax.default_backend() == "cpu" else 2**14, 2**24 // model.num_actions**2 + 1)
@@ -508,20 +508,19 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, Steps, dict[str, Any]
     require(is_whole and data.is_first[0], f"{of} does not mark whole episodes by is_first, is_last and is_terminal")
     require(data.action.min() >= 0 and data.action.max() < num_actions, f"{of} has actions outside 0 to {num_actions - 1}")
     require(not data.reward[data.is_last].any(), f"{of} has a reward at an episode's last step, which has no action")
-    for name in ("reward", "observation"):
-        require(np.isfinite(getattr(data, name)).all(), f"{of} has a value that is not finite ({name}.npy)")
+    require(np.isfinite(data.reward).all(), f"{of} has a reward that is not finite (reward.npy)")
+    require(np.isfinite(data.observation).all(), f"{of} has an observation that is not finite (observation.npy)")
     episode, random = np.cumsum(data.is_first) - 1, np.random.default_rng(args.seed)  # [N], of the step
 
-    def draw(episodes: np.ndarray, fraction: float) -> np.ndarray:  # one of each of as many equal stretches as are drawn
+    def draw(episodes: np.ndarray, fraction: float) -> np.ndarray:  # one of each of equal stretches of them
         edges = np.linspace(0, len(episodes), max(1, round(fraction * len(episodes))) + 1).astype(int)
         return episodes[random.integers(edges[:-1], edges[1:])]
 
     drawn = draw(np.arange(episode[-1] + 1), args.data_fraction)
     held_out = np.isin(episode, draw(drawn, args.eval_fraction) if args.eval_fraction else [])
     kept = np.isin(episode, drawn) & ~held_out
-    window = args.unroll_steps + args.bootstrap_steps + 1
     longest = [np.bincount(episode[part], minlength=1).max() for part in ([kept, held_out] if held_out.any() else [kept])]
-    require(min(longest) >= window, f"{of} has no episode of {window} steps, a window")
+    require(min(longest) > args.unroll_steps + args.bootstrap_steps, f"{of} has no episode of K + n + 1 steps, a window")
     meta["observation_shape"] = data.observation.shape[1:]
     data = data._replace(observation=data.observation.reshape(length, -1))
     return jax.tree.map(lambda x: x[kept], data), jax.tree.map(lambda x: x[held_out], data), meta
@@ -603,7 +602,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         require(args.seed == saved.seed, "--seed cannot be changed: the random key is in the checkpoint")
     elif args.run_dir and (args.run_dir / "args.json").exists():  # the same command goes on, in a job that is queued again
         saved = Args(**json.loads((args.run_dir / "args.json").read_text())["args"])
-        same = vars(args) | {name: getattr(saved, name) for name in ("data_dir", "resume", "run_dir")} == vars(saved)
+        data_dir = args.data_dir.absolute() if args.data_dir else saved.data_dir
+        same = vars(args) | {"data_dir": data_dir, "resume": saved.resume, "run_dir": saved.run_dir} == vars(saved)
         require(same, f"{args.run_dir} has a run with other settings: name another --run-dir, or go on with --resume")
     require(not args.eval_only or (args.resume and args.eval_episodes), "--eval-only needs --resume and --eval-episodes")
     require(not args.distributed or args.resume or args.run_dir, "--distributed needs --run-dir: all train in one folder")
@@ -641,8 +641,8 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         wanted = f"{gymnasium.spaces.Discrete(meta['num_actions'])} and {tuple(meta['observation_shape'])}"
         require(found == wanted, f"{args.env_id} has actions and observations {found}, the dataset {wanted}")
     model = Model(meta["num_actions"], args)
-    state = init_state((int(np.prod(meta["observation_shape"])),), model)
-    state = jax.device_put(jax.device_get(state), P())  # on every device
+    observation_size = int(np.prod(meta["observation_shape"]))
+    state = jax.device_put(jax.device_get(init_state((observation_size,), model)), P())  # on every device
 
     if first := jax.process_index() == 0:  # of several processes the first writes and talks
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))

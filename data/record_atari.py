@@ -51,7 +51,7 @@ TALL_SCREENS = (
     "Amidar", "Assault", "BankHeist", "Carnival", "Centipede", "DoubleDunk", "Gopher", "Pooyan", "VideoPinball",
     "WizardOfWor",
 )  # fmt: skip
-OTHER_ROMS = (*TALL_SCREENS, "BattleZone", "IceHockey", "Riverraid", "RoadRunner", "NameThisGame")
+OTHER_ROMS = (*TALL_SCREENS, "BattleZone", "Gravitar", "IceHockey", "Krull", "NameThisGame", "Riverraid", "RoadRunner")
 PRIOR_METHODS = ("BC", "BCQ", "DQN", "IQN", "REM")
 
 

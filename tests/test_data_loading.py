@@ -99,10 +99,10 @@ def test_damage_is_named(script, tmp_path, damage, sentence):
         (rosmo_bsuite, change("observation", (0, 0, 0), np.inf), {}, r"not finite \(observation.npy"),
         (rosmo_bsuite, edit_meta(), {"env_id": "cartpole", "noise": 0.1}, r"of \('catch', 0.1\), not of \('cartpole', 0.1"),
         (rosmo_bsuite, edit_meta(), {"noise": 0.2}, r"of \('catch', 0.1\), not of \('catch', 0.2\) \(--env-id, --noise"),
-        (rosmo_bsuite, edit_meta(), {"unroll_steps": 6, "noise": 0.1}, "no episode of 9 steps"),
+        (rosmo_bsuite, edit_meta(), {"unroll_steps": 6, "noise": 0.1}, "no episode of K"),
         (rosmo_atari, lambda x: np.save(x / "observation.npy", np.zeros((19, 84, 84, 4), np.uint8)), {}, "not 84 x 84"),
         (rosmo_atari, edit_meta(env_id="Pong"), {}, "is of Pong, not of Breakout"),
-        (rosmo_atari, edit_meta(), {"unroll_steps": 6}, "no episode of 9 steps"),
+        (rosmo_atari, edit_meta(), {"unroll_steps": 6}, "no episode of K"),
     ],
 )
 def test_datasets_that_do_not_fit(tmp_path, script, damage, settings, sentence):

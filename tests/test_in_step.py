@@ -140,6 +140,12 @@ def test_scripts_are_in_step(pair):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("pair", PAIRS[:2], ids=NAMES[:2])
+def test_algorithms_differ_in_few_lines(pair):
+    lines = difflib.ndiff(*(source.splitlines() for source in sources(pair)))
+    assert sum(line[0] in "+-" for line in lines) <= 180
+
+
 @pytest.mark.parametrize(
     ("which", "old", "new"),
     [

@@ -79,6 +79,7 @@ def test_the_same_command_goes_on(catch_dataset, folder):
     assert metrics(Path("runs/a")) == before and [line["step"] for line in before] == [20]
     for flags, sentence in (
         ([*command, "--discount", "0.5"], "has a run with other settings"),
+        ([*command, "--data-dir", "elsewhere"], "has a run with other settings"),
         (["--resume", "runs/a", "--seed", "3"], "--seed cannot be changed"),
         (["--resume", "runs/a", "--total-steps", "19"], "has made 20 updates"),
         ([*command[:-1], "gs://bucket/run"], "not a URL"),
@@ -101,6 +102,27 @@ def test_held_out_episodes(folder):
     assert line["eval/total_loss"] > 0 and line["eval/value_loss"] != line["train/value_loss"]
     with pytest.raises(rosmo_bsuite.InputError, match="no episode of"):
         rosmo_bsuite.load_dataset(write_logs(folder / "one", "plant", episodes=1), args)
+
+
+def test_the_lines_for_flat_logs(folder):
+    """data/README.md's, on a log as D4RL's: two episodes end by themselves, two are truncated."""
+    text = (ROOT / "data" / "README.md").read_text()
+    lines = re.search(r"```python\n(import numpy as np\n\nterminals.*?)```", text, re.S)[1]
+    time = np.arange(40)
+    log = {"observations": time[:, None] * 1.0, "actions": time % 3, "rewards": time * 1.0}
+    log |= {"terminals": time % 20 == 9, "timeouts": time % 20 == 19}
+    with write_dataset("flat", env_id="plant", num_actions=3, benchmark="bsuite") as dataset:
+        exec(lines, {"log": log, "dataset": dataset})
+    data = open_dataset(Path("flat"))
+    assert data.observation[:12, 0].tolist() == [*range(10), 9, 10] and np.flatnonzero(data.is_last).tolist() == [
+        10,
+        20,
+        31,
+        41,
+    ]
+    assert (
+        np.flatnonzero(data.is_terminal).tolist() == [10, 31] and data.reward.sum() == time.sum() - 19 - 39
+    )
 
 
 def test_environments_of_ones_own(folder):
