@@ -24,8 +24,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # a script and its flags
     "ROSMO": (ROSMO, {}),
     "one-step, no regularisation": (ROSMO, {"behavior-coef": 0.0}),
     "filtered cloning": (ROSMO, CLONING),
-    "MuZero Unplugged": (MZU, {}),
-    "MZU-Q": (MZU, {"policy-target": "mzu_q"}),
+    "MuZero Unplugged": (MZU, {"num-simulations": 10}),
+    "MZU-Q": (MZU, {"num-simulations": 10, "policy-target": "mzu_q"}),
 }
 COMMON = {"cpu-size": True, "target-update-interval": 200}  # flags of all runs
 LAST = 3  # evaluations that make a score
