@@ -5,7 +5,7 @@
     python -m benchmark.throughput rosmo_atari --env-id Breakout --batch-size 16
 
 What follows the script's name are its own flags. Every figure is the median of REPEATS timings in one process, with the
-smallest and the largest; quote the median. Peak memory is that of the whole process.
+smallest and the largest; quote the median. Peak memory is that of the whole process; a CPU as a device has none of its own.
 """
 
 import importlib
@@ -73,7 +73,7 @@ def bsuite(script: Any, args: Any) -> dict[str, str]:
 
 
 def atari(script: Any, args: Any) -> dict[str, str]:
-    """Single updates on batches of windows."""
+    """Single updates on batches of windows, metrics taken an update late, as in training."""
     data, rows, meta = script.load_dataset(args.data_dir or record_atari.record_if_missing(args.env_id), args)
     model = script.Model(meta["num_actions"], args)
     state = jax.device_put(jax.device_get(script.init_state((84, 84, 4), model)), jax.P())
@@ -84,19 +84,28 @@ def atari(script: Any, args: Any) -> dict[str, str]:
     compile_seconds = time.perf_counter() - start
     state, _ = compiled(state, batch)
     count = max(1, round(ATARI_SECONDS / timed(lambda: compiled(jax.tree.map(jnp.copy, state), batch))))
-    update_s = []
+    update_s, waiting = [], []
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start, waited, running = time.perf_counter(), 0.0, list[Any]()
         for _ in range(count):
             state, metrics = compiled(state, batch)
+            before = time.perf_counter()
             batch = next(batches)
-            jax.tree.map(float, metrics)
-        update_s.append((time.perf_counter() - start) / count)
+            waited += time.perf_counter() - before
+            running = [*running, metrics][-2:]
+            jax.device_get(running[0])
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - start
+        update_s.append(seconds / count)
+        waiting.append(100 * waited / seconds)
+    on_device = jax.local_devices()[0].memory_stats() or {}
     return {
         "steps of data": f"{len(rows)}",
         "compilation": f"{compile_seconds:.1f} s",
         "updates per second": spread([1 / seconds for seconds in update_s], ""),
         "one update": spread([1e3 * seconds for seconds in update_s], "ms"),
+        "of it waiting for data": spread(waiting, "%"),
+        "peak memory of device": f"{on_device.get('peak_bytes_in_use', 0) / 2**30:.2f} GiB",
     }
 
 
@@ -115,7 +124,7 @@ def main(name: str, flags: list[str]) -> None:
         raise InputError(str(error)) from None
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # KiB
     for what, value in (report | {"peak memory": f"{memory:.2f} GiB"}).items():
-        print(f"{what:20} {value}")
+        print(f"{what:22} {value}")
 
 
 if __name__ == "__main__":
