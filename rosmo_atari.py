@@ -556,7 +556,7 @@ def make_environments(env_id: str, seeds: list[int], rom_dir: Path | None = None
 
 
 def write_video(path: Path, frames: list[np.ndarray]) -> None:
-    """Writes frames uint8 [84, 84], 15 to a second as the games are played, each pixel enlarged to 4 x 4."""
+    """Writes frames uint8 [84, 84], 15 a second as played, pixels enlarged to 4 x 4. OpenCV's line on a tag is harmless."""
     path.parent.mkdir(exist_ok=True)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"VP90"), 15, (336, 336), isColor=False)
     for frame in frames:
