@@ -10,7 +10,6 @@ episodes that are still running at the end are truncated. meta.json has the game
 import difflib
 import functools
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,7 +42,7 @@ class Args:
 
 # --------------------------------------------------------------------------------------------------------------- Games
 
-# RL Unplugged's returns of its 46 games: random play, the online DQN that made the data, and PRIOR_METHODS, all offline.
+# RL Unplugged's returns of its 46 games: random play, the online DQN that made the data, and offline BC, BCQ, DQN, IQN, REM.
 SCORES: dict[str, dict[str, float]] = json.loads((Path(__file__).parent / "rlu_atari_scores.json").read_text())
 # Of these EnvPool has other ROMs, and shows other pictures, than atari-py 0.2.5, with which the data were recorded.
 # The old ROMs of the first ten have screens of 250 lines, of which EnvPool shows 210.
@@ -52,7 +51,6 @@ TALL_SCREENS = (
     "WizardOfWor",
 )  # fmt: skip
 OTHER_ROMS = (*TALL_SCREENS, "BattleZone", "Gravitar", "IceHockey", "Krull", "NameThisGame", "Riverraid", "RoadRunner")
-PRIOR_METHODS = ("BC", "BCQ", "DQN", "IQN", "REM")
 
 
 @functools.cache
@@ -150,25 +148,14 @@ def next_step(environments: Any, action: NDArray) -> Step:
     return Step(observation, info["ram"], reward, info["elapsed_step"] == 0, is_last, is_last & (info["terminated"] == 1))
 
 
-# ------------------------------------------------------------------------------------------------- Random and scripted
+# ------------------------------------------------------------------------------------------------------------- Scripted
 
 
-class RandomPolicy:
-    """Uniform actions. Policies turn a Step into actions [V]."""
-
-    def __init__(self, num_actions: int, seed: int):
-        self._num_actions = num_actions
-        self._random = np.random.default_rng([seed, 1])  # not the environments' stream
-
-    def __call__(self, step: Step) -> NDArray:
-        return self._random.integers(self._num_actions, size=len(step.reward))
+# The scripts take the memory [V, 128] now and a step before, as int, and return actions [V] of the minimal action set. Where
+# the memory has what: Anand et al. 2019, arXiv 1906.08226.
 
 
-# The scripts take the memory [V, 128] now and a step before, as int, and the steps since the episode's start [V], and return
-# actions [V] of the minimal action set. Where the memory has what: Anand et al. 2019, arXiv 1906.08226.
-
-
-def play_breakout(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
+def play_breakout(ram: NDArray, before: NDArray) -> NDArray:
     """Goes where the ball is; fires where there is none. What a small network can learn to see in an hour's training."""
     ball_x, ball_y, paddle = ram[:, 99], ram[:, 101], ram[:, 72]
     offset = ball_x - (paddle + 8)
@@ -176,7 +163,7 @@ def play_breakout(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
     return np.where(ball_y == 0, 1, move)  # FIRE
 
 
-def play_pong(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
+def play_pong(ram: NDArray, before: NDArray) -> NDArray:
     """Goes where the ball will be in a step."""
     ball, paddle = ram[:, 54], ram[:, 51]
     speed = ball - before[:, 54]
@@ -186,7 +173,7 @@ def play_pong(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
     return np.where((ram[:, 49] == 0) | (ball == 0), 1, move)  # FIRE
 
 
-def play_freeway(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
+def play_freeway(ram: NDArray, before: NDArray) -> NDArray:
     """Walks on, and waits where a car of the next lane comes within four steps."""
     car = 108 + np.clip((ram[:, 14] - 2) // 16, 0, 9)[:, None]
     x = np.take_along_axis(ram, car, axis=1)
@@ -195,26 +182,12 @@ def play_freeway(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
     return np.where((np.abs(x + speed * np.arange(4) - 46) < 7).any(axis=1), 0, 1)  # NOOP, UP
 
 
-# By vertical and horizontal direction (up, none, down; left, none, right): moves, and moves with FIRE.
-MOVE = np.array([[7, 2, 6], [4, 0, 3], [9, 5, 8]])
-PUNCH = np.array([[15, 10, 14], [12, 1, 11], [17, 13, 16]])
-
-
-def play_boxing(ram: NDArray, before: NDArray, clock: NDArray) -> NDArray:
-    """Comes near, a little above or below, where the gloves meet the nose, and punches every second step."""
-    x, y = ram[:, 33] - ram[:, 32], ram[:, 35] - ram[:, 34]  # from here to the opponent
-    horizontal = np.where(np.abs(x) > 24, np.sign(x), 0)
-    vertical = np.where(np.abs(y) < 3, np.where(y < 0, 1, -1), np.where(np.abs(y) > 12, np.sign(y), 0))
-    punch = (horizontal == 0) & (clock % 2 == 0)
-    return np.where(punch, PUNCH[vertical + 1, horizontal + 1], MOVE[vertical + 1, horizontal + 1])
-
-
-SCRIPTS: dict[str, Callable[[NDArray, NDArray, NDArray], NDArray]]
-SCRIPTS = {"Breakout": play_breakout, "Pong": play_pong, "Freeway": play_freeway, "Boxing": play_boxing}
+SCRIPTS = {"Breakout": play_breakout, "Pong": play_pong, "Freeway": play_freeway}
 
 
 class ScriptedPolicy:
-    """A game's script. A uniform action replaces its own with a probability that episodes take in turn from NOISE_LEVELS."""
+    """Actions [V] for a Step, by the game's script. Uniform ones replace them with a probability that episodes take in turn
+    from NOISE_LEVELS."""
 
     def __init__(self, env_id: str, num_envs: int, seed: int):
         if env_id not in SCRIPTS:
@@ -223,7 +196,7 @@ class ScriptedPolicy:
         self._num_actions = num_actions(env_id)
         self._random = np.random.default_rng([seed, 1])  # not the environments' stream
         self._before = np.zeros((num_envs, 128), int)
-        self._clock, self._level = np.zeros((2, num_envs), int)
+        self._level = np.zeros(num_envs, int)
         self._episodes = 0  # begun
 
     def __call__(self, step: Step) -> NDArray:
@@ -231,9 +204,8 @@ class ScriptedPolicy:
         new = np.flatnonzero(step.is_first)
         self._level[new] = (self._episodes + np.arange(len(new))) % len(NOISE_LEVELS)
         self._episodes += len(new)
-        self._clock = np.where(step.is_first, 0, self._clock + 1)
         self._before = np.where(step.is_first[:, None], ram, self._before)
-        action = self._script(ram, self._before, self._clock)
+        action = self._script(ram, self._before)
         self._before = ram
         noisy = self._random.random(num_envs) < np.array(NOISE_LEVELS)[self._level]
         return np.where(noisy, self._random.integers(self._num_actions, size=num_envs), action)
@@ -251,9 +223,8 @@ def record(args: Args) -> Path:
     environments = make_environments(args.env_id, args.num_envs, args.seed, rom_dir=args.rom_dir)
     # Every episode has an observation more than it has actions.
     check_disk(out, 1.02 * args.steps * STEP_BYTES, "name fewer --steps or another --out")
-    policy: Callable[[Step], NDArray] = RandomPolicy(num_actions(args.env_id), args.seed)
-    if args.policy == "scripted":
-        policy = ScriptedPolicy(args.env_id, args.num_envs, args.seed)
+    random = np.random.default_rng([args.seed, 1])  # not the environments' stream
+    scripted = ScriptedPolicy(args.env_id, args.num_envs, args.seed) if args.policy == "scripted" else None
     # Frames, actions and rewards of the running episodes.
     running: list[tuple[list, list, list]] = [([], [], []) for _ in range(args.num_envs)]
     returns: list[float] = []  # the game's, of whole episodes
@@ -285,7 +256,7 @@ def record(args: Args) -> Path:
                     progress.set_postfix(episodes=len(returns), game_return=f"{np.mean(returns[-100:]):.2f}", refresh=False)
             if steps >= args.steps:
                 break
-            action = policy(step)
+            action = scripted(step) if scripted else random.integers(num_actions(args.env_id), size=args.num_envs)
             step = next_step(environments, action)
         writer.meta["game_return"] = summarize(returns)
     print(writer.summary(out))

@@ -194,10 +194,8 @@ def test_recording_is_the_same_for_the_same_seed(tmp_path):
     assert first.meta["policy"] == "scripted" and "memory, with noise of 0.0, 0.1, 0.3, 0.6, 1.0" in first.meta["source"]
 
 
-# Random play has scored about 1.5, -5, 0 and -4 by then.
-@pytest.mark.parametrize(
-    ("env_id", "steps", "least"), [("Breakout", 250, 4), ("Pong", 300, -2), ("Freeway", 150, 2), ("Boxing", 500, 3)]
-)
+# Random play has scored about 1.5, -5 and 0 by then.
+@pytest.mark.parametrize(("env_id", "steps", "least"), [("Breakout", 250, 4), ("Pong", 300, -2), ("Freeway", 150, 2)])
 def test_scripts_beat_random_play(monkeypatch, env_id, steps, least):
     monkeypatch.setattr(record_atari, "NOISE_LEVELS", (0.0,))
     environments, policy = make_environments(env_id, 4, seed=0), ScriptedPolicy(env_id, 4, seed=0)
@@ -225,7 +223,7 @@ def test_noise_levels_in_turn():
     ("arguments", "sentence"),
     [
         ({"env_id": "ms_pacmann"}, "did you mean 'MsPacman'"),
-        ({"env_id": "Seaquest", "policy": "scripted"}, "no script that plays Seaquest, only Breakout, Pong, Freeway, B"),
+        ({"env_id": "Seaquest", "policy": "scripted"}, "no script that plays Seaquest, only Breakout, Pong, Freeway;"),
         ({"env_id": "Pong", "steps": 0}, "there is no episode to write"),
         ({"env_id": "Pong", "num_envs": 0}, "at least 1"),
         ({"env_id": "Pong", "seed": 2**32}, "from 0 to 4294967295"),
