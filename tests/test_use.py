@@ -120,9 +120,7 @@ def test_the_lines_for_flat_logs(folder):
         31,
         41,
     ]
-    assert (
-        np.flatnonzero(data.is_terminal).tolist() == [10, 31] and data.reward.sum() == time.sum() - 19 - 39
-    )
+    assert np.flatnonzero(data.is_terminal).tolist() == [10, 31] and data.reward.sum() == time.sum() - 19 - 39
 
 
 def test_environments_of_ones_own(folder):
