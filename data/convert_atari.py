@@ -37,7 +37,6 @@ class Args:
     run: int | None = None  # run of RL Unplugged, 1 to 5
     shards: tuple[str, ...] = ()  # numbers and ranges of shards or checkpoints, such as 0 10-19; by default all
     percentage: float = 100.0  # part of the episodes to take, evenly spaced
-    max_episodes: int | None = None  # take at most so many
     observation_key: str | None = None  # which of a Minari dataset's Dict observations to take
     out: Path | None = None  # folder to make; by default the place where the training scripts look for it
     download_dir: Path = Path("datasets/downloads/rl_unplugged")  # where downloaded shards stay
@@ -101,8 +100,8 @@ def open_source(args: Args, out: Path) -> Source:
         name, files = find_files(args, shards)
     elif args.run is not None:
         num_actions(args.env_id)
-        share = args.percentage / 100 if args.max_episodes is None else 0  # of the steps, to be kept for sure
-        name, files = "rl_unplugged", download(args.env_id, args.run, shards, args.download_dir, out, share)
+        name = "rl_unplugged"
+        files = download(args.env_id, args.run, shards, args.download_dir, out, args.percentage / 100)
     else:
         raise InputError("name what to convert by --source, or a run of RL Unplugged to download by --run 1 (to 5)")
     source = open_minari(files[0].parent, args.observation_key) if name == "minari" else OPEN[name](files)
@@ -116,7 +115,7 @@ def open_source(args: Args, out: Path) -> Source:
         if name != "minari" and args.env_id in OTHER_ROMS:
             old = "of the data's it shows 210 of 250 lines" if args.env_id in TALL_SCREENS else "--rom-dir mends it"
             meta["notice"] = f"EnvPool shows other pictures of {args.env_id} than the data: its ROM is another one; {old}"
-    taken = {"files": [file.name for file in files], "percentage": args.percentage, "max_episodes": args.max_episodes}
+    taken = {"files": [file.name for file in files], "percentage": args.percentage}
     return source._replace(meta=meta | source.meta | taken | {"env_id": args.env_id})
 
 
@@ -126,15 +125,15 @@ def convert(args: Args) -> Path:
     Raises InputError for damaged or missing files, data of another game, and a full disk; then nothing is left behind
     but what was downloaded.
     """
-    if not 0 < args.percentage <= 100 or (args.max_episodes is not None and args.max_episodes < 1):
-        raise InputError("--percentage is above 0 and at most 100, and --max-episodes at least 1")
+    if not 0 < args.percentage <= 100:
+        raise InputError("--percentage is above 0 and at most 100")
     out = args.out or default_folder(args.env_id)
     if out.exists():
         raise InputError(f"{out} exists already; remove it or name another folder")
     source = open_source(args, out)
     if source.shape != FRAME and args.out is None:
         out = Path("datasets/bsuite") / args.env_id
-    return convert_source(source, out, args.percentage, args.max_episodes)
+    return convert_source(source, out, args.percentage)
 
 
 if __name__ == "__main__":

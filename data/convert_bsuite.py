@@ -44,7 +44,7 @@ def open_prepared(folder: Path, env_id: str, noise: float) -> Source:
     source = f"TensorFlow Datasets, {len(files)} files of {files[0].parent.parent.name}"
     meta = {"num_actions": num_actions, "source": source, "reference_returns": REFERENCE_RETURNS[env_id]}
     in_order = [episode for _, episode in sorted(episodes, key=lambda each: each[0])]
-    return Source(in_order, total, total / len(episodes), meta, shape)
+    return Source(in_order, total, meta, shape)
 
 
 def convert(

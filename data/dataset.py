@@ -8,7 +8,6 @@ import importlib
 import itertools
 import json
 import math
-import operator
 import os
 import shutil
 import signal
@@ -50,33 +49,7 @@ class Dataset(NamedTuple):
     path: Path  # its folder
 
 
-def meta_fault(meta: dict[str, Any]) -> str | None:
-    """What the programs cannot use in a meta.json, if anything."""
-    actions = meta.get("num_actions")
-    references = meta.get("reference_returns") or {"random": 0, "online_dqn": 1}
-    try:
-        scale = references["online_dqn"] - references["random"]
-    except (TypeError, KeyError):
-        scale = 0
-    for wrong, fault in (
-        (not isinstance(meta.get("env_id"), str), "meta.json names no env_id"),
-        (not isinstance(actions, int) or actions < 1, f"num_actions is an integer from 1 on, not {actions!r:.60}"),
-        (not isinstance(meta.get("noise", 0.0), int | float), f"its noise is {meta.get('noise')!r}, which is no number"),
-        (scale == 0, f"its reference_returns are {references!r}, not two numbers: random and, unlike it, online_dqn"),
-    ):
-        if wrong:
-            return fault
-    return None
-
-
 # ------------------------------------------------------------------------------------------------------------- Writing
-
-
-def as_python(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's, for JSON."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(f"JSON has no {type(value).__name__}")
 
 
 def as_numbers(name: str, values: ArrayLike) -> NDArray:
@@ -92,14 +65,11 @@ def as_numbers(name: str, values: ArrayLike) -> NDArray:
 
 
 def cast(name: str, values: NDArray, dtype: DTypeLike) -> NDArray:
-    """The numbers as float32, rounded if they are floats, or as uint8. Raises InputError where they do not fit."""
+    """The numbers as float32, rounded, or as uint8. Raises InputError where they do not fit."""
     with np.errstate(over="ignore", invalid="ignore"):
         new = values.astype(dtype, copy=False)
-        exact = new.dtype == values.dtype or values.dtype.kind == "f" or (new.astype(values.dtype) == values).all()
-    if not exact or (values.dtype.kind == "f" and new.dtype.kind != "f"):
-        raise InputError(f"{name} are {values.dtype}, and cannot be stored as {new.dtype} without loss")
-    if new.dtype.kind == "f" and not np.isfinite(new).all():
-        raise InputError(f"{name} are not finite, or beyond the range of {new.dtype}")
+    if (new != values if new.dtype == np.uint8 else ~np.isfinite(new)).any():
+        raise InputError(f"{name} are {values.dtype}, and do not fit into {new.dtype}, or are not finite")
     return new
 
 
@@ -136,8 +106,8 @@ class DatasetWriter:
         Observations other than frames, uint8 [L + 1, 84, 84], and rewards become float32. Actions are integers.
         terminal: whether the value after the last observation is 0 (otherwise the episode is truncated).
         Raises InputError, and adds nothing, where the lengths do not fit each other or the observations those of earlier
-        episodes, where an action is out of range or no integer, where a number is not finite in float32, an integer not
-        exact in it, and for arrays of anything but numbers.
+        episodes, where an action is out of range or no integer, where a number is not finite in float32, and for arrays of
+        anything but numbers.
         """
         observation, action = as_numbers("observations", observation), as_numbers("actions", action)
         reward, length, end = as_numbers("rewards", reward), len(action), np.asarray(terminal)
@@ -250,11 +220,22 @@ def write_dataset(path: Path | str, *, env_id: str, num_actions: int, **meta: An
     meta = {"env_id": env_id, "num_actions": num_actions, **meta, "format_version": FORMAT_VERSION}
     meta = {name: value for name, value in meta.items() if value is not None}
     try:
-        meta = json.loads(json.dumps(meta, default=as_python, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
+        meta = json.loads(json.dumps(meta, default=lambda value: value.tolist(), allow_nan=False))  # of NumPy's too
+    except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not written: its meta.json cannot be: {error}") from None
-    if fault := meta_fault(meta):
-        raise InputError(f"{path} is not written: {fault}")
+    references = meta.get("reference_returns", {"random": 0, "online_dqn": 1})
+    try:
+        scale = references["online_dqn"] - references["random"]
+    except (TypeError, KeyError):
+        scale = 0
+    for wrong, fault in (
+        (not isinstance(meta.get("env_id"), str), "env_id is a name"),
+        (not isinstance(actions := meta.get("num_actions"), int) or actions < 1, "num_actions is an integer from 1 on"),
+        (not isinstance(meta.get("noise", 0.0), int | float), "noise is a number"),
+        (scale == 0, "reference_returns are two numbers: random and, unlike it, online_dqn"),
+    ):
+        if wrong:
+            raise InputError(f"{path} is not written: {fault}")
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.partial-"
     with ExitStack() as stack:
@@ -281,41 +262,23 @@ def write_dataset(path: Path | str, *, env_id: str, num_actions: int, **meta: An
 
 
 def open_dataset(path: Path) -> Dataset:
-    """Opens a dataset folder, memory-mapped, and checks lengths, dtypes, ranges and flags.
+    """Opens a dataset folder, memory-mapped. What its steps hold is checked where they are used, by the training scripts.
 
-    Raises InputError, naming the file, where something is missing, damaged or does not fit the format.
+    Raises InputError, naming the file, where one is missing, cut short, or of another type or length than the format's.
     """
     path, arrays = Path(path), {}
     file = path / "meta.json"
     try:
         meta = json.loads(file.read_text())
-        steps, episodes, num_actions = (operator.index(meta[name]) for name in ("steps", "episodes", "num_actions"))
-        frames = (np.uint8,) if meta.get("benchmark") == "atari" else (np.float32, np.uint8)
         for field in FIELDS:
             file = path / f"{field}.npy"
             x = arrays[field] = np.load(file, mmap_mode="r")
-            dtypes = (DTYPES[field],) if field in DTYPES else frames
-            if x.dtype not in dtypes or not 0 < len(x) == steps or (field in DTYPES) != (x.ndim == 1):
-                raise ValueError(f"it holds {x.dtype} {x.shape}, and meta.json says {steps} steps")
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+            dtypes = (DTYPES[field],) if field in DTYPES else (np.float32, np.uint8)
+            if x.dtype not in dtypes or not 0 < len(x) == meta["steps"] or (field in DTYPES) != (x.ndim == 1):
+                raise ValueError(f"it holds {x.dtype} {x.shape}, and meta.json says {meta['steps']} steps")
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
         raise InputError(f"{file} is missing, damaged or cut short: {error!r}") from None
-    data = Dataset(**arrays, meta=meta, path=path)
-    is_first, is_last, shape = data.is_first, data.is_last, list(data.observation.shape[1:])
-    floats = [data.reward] + ([data.observation] if data.observation.dtype == np.float32 else [])
-    for wrong, fault in (
-        (meta.get("format_version") != FORMAT_VERSION, f"its format version is not {FORMAT_VERSION}"),
-        (meta_fault(meta) is not None, meta_fault(meta)),
-        (meta.get("observation_shape", shape) != shape, f"observations are {shape}, and meta.json says otherwise"),
-        (not is_first[0] or (is_first != np.roll(is_last, 1)).any(), "is_first and is_last do not mark whole episodes"),
-        (is_first.sum() != episodes, f"is_first does not mark {episodes} episodes, as meta.json says"),
-        ((data.is_terminal & ~is_last).any(), "is_terminal marks a step that is not an episode's last"),
-        (data.action.min() < 0 or data.action.max() >= num_actions, f"an action is outside 0 to {num_actions - 1}"),
-        (data.action[is_last].any() or data.reward[is_last].any(), "an episode's last step has an action or a reward"),
-        (not all(np.isfinite(x).all() for x in floats), "a reward or an observation is not finite"),
-    ):
-        if wrong:
-            raise InputError(f"{path} is damaged: {fault}")
-    return data
+    return Dataset(**arrays, meta=meta, path=path)
 
 
 # ------------------------------------------------------------------------------------------------------------ Converting
@@ -334,7 +297,6 @@ class Source(NamedTuple):
 
     episodes: Iterable[Callable[[], Episode]]  # in order of time; a call may be made in a thread, or left out
     steps: float  # about how many there are
-    length: float  # about how many an episode has
     meta: dict[str, Any]  # for meta.json
     shape: tuple[int, ...] = FRAME  # of an observation
     finish: Callable[[], None] = lambda: None  # called when the last episode is written
@@ -362,11 +324,10 @@ def check_disk(folder: Path, need: float, hint: str) -> None:
     print(f"{folder} needs {sizes}")
 
 
-def subset(items: Iterable[Any], percentage: float, max_episodes: int | None) -> Iterator[Any]:
-    """A percentage of the items, evenly spaced, and at most max_episodes."""
+def subset(items: Iterable[Any], percentage: float) -> Iterator[Any]:
+    """A percentage of the items, evenly spaced."""
     edges = (int(i * percentage / 100) for i in itertools.count())
-    taken = (item for item, (before, after) in zip(items, itertools.pairwise(edges), strict=False) if after > before)
-    return itertools.islice(taken, max_episodes)
+    return (item for item, (before, after) in zip(items, itertools.pairwise(edges), strict=False) if after > before)
 
 
 def read_ahead(episodes: Iterable[Callable[[], Episode]]) -> Iterator[Episode]:
@@ -381,17 +342,17 @@ def read_ahead(episodes: Iterable[Callable[[], Episode]]) -> Iterator[Episode]:
             yield future.result()
 
 
-def convert_source(source: Source, out: Path, percentage: float = 100.0, max_episodes: int | None = None) -> Path:
+def convert_source(source: Source, out: Path, percentage: float = 100.0) -> Path:
     """Makes a dataset of a part of the episodes, with progress on stderr and a summary on stdout, and returns its folder.
 
     Raises InputError, naming the place, for an episode that does not fit, and if none is left or the disk is too small.
     """
-    steps = min(source.steps * percentage / 100, (max_episodes or math.inf) * source.length)
+    steps = source.steps * percentage / 100
     step_bytes = STEP_BYTES if source.shape == FRAME else 4 * math.prod(source.shape) + 11
     check_disk(out, steps * step_bytes, "take less of the data, or name another --out")
     bar = tqdm(total=round(steps), unit="step", unit_scale=True, desc=f"converting {source.meta['env_id']}")
     with bar, write_dataset(out, **source.meta) as writer:
-        for where, observation, action, reward, terminal in read_ahead(subset(source.episodes, percentage, max_episodes)):
+        for where, observation, action, reward, terminal in read_ahead(subset(source.episodes, percentage)):
             if len(action) == 0:
                 continue
             try:
@@ -425,17 +386,10 @@ def run_program(program: Callable[[], object]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         program()
-        return
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except InputError as error:
-        sentence = str(error)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sentence = "the disk is full; what was whole before is still there"
-        elif error.filename is not None:  # no right, no folder, a read-only file system
-            sentence = f"{error.filename}: {error.strerror}"
-        else:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+        print(f"error: {error}", file=sys.stderr)  # of a file: no right, no folder, a read-only file system
+        sys.exit(2)

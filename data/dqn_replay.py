@@ -102,8 +102,6 @@ def read_episodes(files: list[Path]) -> Iterator[Callable[[], Episode]]:
 
 def open_checkpoints(files: list[Path]) -> Source:
     """The checkpoints of one run; files: those of the observations. Raises InputError for damaged files."""
-    terminals = [read_column(file, "terminal") for file in files]
-    steps = sum(map(len, terminals))
-    length = steps / max(1, sum(map(np.count_nonzero, terminals)))
+    steps = sum(len(read_column(file, "terminal")) for file in files)
     meta = {"source": "DQN Replay, recorded while a DQN learns", "sticky_actions": 0.25}
-    return Source(read_episodes(files), steps, length, meta)
+    return Source(read_episodes(files), steps, meta)

@@ -128,4 +128,4 @@ def open_minari(folder: Path, key: str | None = None) -> Source:
 
     meta["num_actions"] = int(actions.n)
     reads = (functools.partial(read, index) for index in range(episodes))
-    return Source(reads, steps, steps / max(1, episodes), meta, FRAME if image else shape)
+    return Source(reads, steps, meta, FRAME if image else shape)

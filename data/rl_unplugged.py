@@ -93,7 +93,7 @@ def open_records(files: list[Path], actions: str, parse: Parse) -> Source:
     with files[0].open("rb") as probe:
         compressed = probe.read(2) == b"\x1f\x8b"
     size = sum(file.stat().st_size for file in files) / len(zlib.compress(record) if compressed else record)
-    return Source(episodes(), size * length, length, META)
+    return Source(episodes(), size * length, META)
 
 
 def open_shards(files: list[Path]) -> Source:

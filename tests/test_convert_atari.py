@@ -52,18 +52,18 @@ def assert_equals(folder, truth):
 
 @pytest.mark.parametrize("source", [RAW, TFDS])
 def test_rl_unplugged_equals_what_tensorflow_datasets_reads(tmp_path, source):
-    data = assert_equals(convert(breakout(tmp_path / "new", source, percentage=100.0, max_episodes=99)), fixture_episodes())
+    data = assert_equals(convert(breakout(tmp_path / "new", source)), fixture_episodes())
     assert data.is_terminal.sum() < data.is_last.sum()  # the fixture has truncated episodes
     files = sorted(file for file in source.rglob("*") if file.is_file() and file.suffix != ".json")
     assert {
         **{"benchmark": "atari", "env_id": "Breakout", "num_actions": 4, "sticky_actions": 0.25, "rewards_clipped": True},
         **{"source": "RL Unplugged, recorded while a DQN learns", "files": [file.name for file in files]},
-        **{"percentage": 100.0, "max_episodes": 99, "observation_shape": [84, 84]},
+        **{"percentage": 100.0, "observation_shape": [84, 84]},
         **{"reference_returns": {"random": 1.33, "online_dqn": 157.86}},
     }.items() <= data.meta.items()
     name = "tfds" if source == TFDS else "rl_unplugged"
     estimate = OPEN[name]([file for file in files if FILES[name].fullmatch(file.name)])
-    assert estimate.steps == pytest.approx(len(data.action), rel=0.1) and estimate.length == 238
+    assert estimate.steps == pytest.approx(len(data.action), rel=0.1)
 
 
 def test_dqn_replay_equals_what_dopamine_was_given(tmp_path):
@@ -82,9 +82,8 @@ def test_dqn_replay_equals_what_dopamine_was_given(tmp_path):
     ("settings", "kept"),
     [
         ({"shards": ("0", "2-2")}, [*range(4), *range(8, 12)]),
-        ({"max_episodes": 5}, range(5)),
         ({"percentage": 25.0}, [3, 7, 11]),
-        ({"percentage": 50.0, "max_episodes": 2}, [1, 3]),
+        ({"percentage": 50.0, "shards": ("0",)}, [1, 3]),
     ],
 )
 @pytest.mark.parametrize("source", [RAW, TFDS])
@@ -94,9 +93,9 @@ def test_a_part_of_the_data(tmp_path, source, settings, kept):
 
 def test_percentages_are_spread_evenly():
     for percentage in (0.1, 1, 10, 33.3, 70, 100):
-        taken = list(subset(range(10_000), percentage, None))
+        taken = list(subset(range(10_000), percentage))
         assert len(taken) == round(100 * percentage) and np.ptp(np.diff(taken)) <= 1
-    assert list(subset(iter(range(10)), 50, 3)) == [1, 3, 5]
+    assert list(subset(iter(range(10)), 30)) == [3, 6, 9]
 
 
 def write_checkpoint(folder, number, observation, action, reward, terminal, add_count=None):
@@ -272,7 +271,6 @@ def test_episodes_that_do_not_fit_are_refused(tmp_path, change, sentence):
         ({"source": (RAW,), "shards": ("2-1",)}, "numbers and ranges"),
         ({"source": (RAW,), "percentage": 0.0}, "above 0 and at most 100"),
         ({"source": (RAW,), "percentage": 1.0}, "there is no episode to write"),
-        ({"source": (RAW,), "max_episodes": 0}, "--max-episodes at least 1"),
         ({}, "--source, or a run of RL Unplugged"),
     ],
 )
@@ -288,15 +286,14 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
     with pytest.raises(InputError, match=r"needs about 0\.0075\d GB, and 0\.002 GB are free there: take less of the data"):
         convert(breakout(tmp_path / "new", DQN))
-    convert(breakout(tmp_path / "new", DQN, max_episodes=1))
     convert(breakout(tmp_path / "some", DQN, percentage=20.0))
 
 
 def test_the_program(tmp_path):
-    flags = ["--env-id", "Breakout", "--source", str(RAW), "--out", str(tmp_path / "new"), "--max-episodes", "2"]
+    flags = ["--env-id", "Breakout", "--source", str(RAW), "--out", str(tmp_path / "new"), "--shards", "0"]
     options = {"cwd": Path(__file__).parent.parent, "capture_output": True, "text": True, "timeout": 120}
     result = subprocess.run([sys.executable, "-m", "data.convert_atari", *flags], **options)
-    assert result.returncode == 0 and "248 steps; returns: episodes 2, mean 1, min" in result.stdout
+    assert result.returncode == 0 and "591 steps; returns: episodes 4, mean" in result.stdout
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):

@@ -59,18 +59,23 @@ def edit_meta(**entries):
     return damage
 
 
+DAMAGED = [  # files
+    (shutil.rmtree, "missing or damaged .*meta.json"),
+    (lambda folder: (folder / "meta.json").write_text("[]"), "missing or damaged"),
+    (edit_meta(steps=20), "do not hold 20"),
+    *((lambda folder, f=f: os.truncate(folder / f"{f}.npy", 100), "missing or") for f in rosmo_bsuite.Steps._fields),
+    (change("action", 0, 0, np.float32), "integers"),
+    (change("is_last", 0, 0, np.uint8), "flags"),
+    (lambda folder: np.save(folder / "observation.npy", np.zeros((19, 84, 84), np.int32)), "floats|bytes"),
+    (lambda folder: np.save(folder / "action.npy", np.zeros(18, np.int32)), "do not hold 19"),
+]
+
+
 @both
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (shutil.rmtree, "missing or damaged .*meta.json"),
-        (lambda folder: (folder / "meta.json").write_text("[]"), "missing or damaged"),
-        (edit_meta(steps=20), "do not hold 20"),
-        *((lambda folder, f=f: os.truncate(folder / f"{f}.npy", 100), "missing or") for f in rosmo_bsuite.Steps._fields),
-        (change("action", 0, 0, np.float32), "integers"),
-        (change("is_last", 0, 0, np.uint8), "flags"),
-        (lambda folder: np.save(folder / "observation.npy", np.zeros((19, 84, 84), np.int32)), "floats|bytes"),
-        (lambda folder: np.save(folder / "action.npy", np.zeros(18, np.int32)), "do not hold 19"),
+        *DAMAGED,
         (change("is_first", 3, True), "does not mark whole episodes"),
         (change("is_first", 0, False), "does not mark whole episodes"),
         (change("is_last", 18, False), "does not mark whole episodes"),
@@ -82,12 +87,18 @@ def edit_meta(**entries):
     ],
 )
 def test_damage_is_named(script, tmp_path, damage, sentence):
-    """By the scripts, and by data.dataset too."""
     folder = write(tmp_path / "data", script)
     assert load(script, folder)[1].tolist() == list(range(19))
     damage(folder)
     with pytest.raises(script.InputError, match=f"the dataset {folder} .*{sentence}"):
         load(script, folder)
+
+
+@pytest.mark.parametrize("damage", [damage for damage, _ in DAMAGED])
+def test_damaged_files_are_named(tmp_path, damage):
+    """By data.dataset too."""
+    folder = write(tmp_path / "data")
+    damage(folder)
     with pytest.raises(InputError, match=str(folder)) as error:
         open_dataset(folder)
     assert "\n" not in str(error.value)

