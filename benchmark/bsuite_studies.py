@@ -94,8 +94,6 @@ class Args(studies.Args):
     methods: tuple[str, ...] = ()  # without it the study's own
     xs: tuple[float, ...] = ()  # places on the x axis; without it the study's own
     seeds: tuple[int, ...] = ()  # seeds of the runs; without it the study's own
-    updates: int = 0  # of each run; 0 for the study's own
-    evaluations: int = 0  # of each run; 0 for the study's own
     workers: int = 2  # runs side by side on this machine, each on cores of its own
     runs: Path = Path("runs/bsuite_studies")  # where the runs are kept
 
@@ -110,8 +108,6 @@ def study_of(args: Args) -> Study:
         methods=args.methods or study.methods,
         xs=tuple(x for x in study.xs if not args.xs or x in args.xs),
         tasks=args.tasks or study.tasks,
-        updates=args.updates or study.updates,
-        evaluations=args.evaluations or study.evaluations,
     )
 
 

@@ -34,8 +34,6 @@ EPISODES, SHARES = 200, (0.0, 0.3, 0.6, 1.0)
 @dataclass(frozen=True, kw_only=True)
 class Args(studies.Args):
     env_ids: tuple[str, ...] = tuple(RULES)  # environments to train on
-    updates: int = 20_000  # of each run
-    evaluations: int = 10  # of each run
     runs: Path = Path("runs/gymnasium_scores")  # where the runs are kept
 
 
@@ -64,12 +62,11 @@ def find_dataset(env_id: str, _: float = 0.0) -> Path:
 def main(args: Args) -> None:
     scripts = ("rosmo_bsuite", "muzero_unplugged_bsuite")
     runs = [
-        Run({"script": script, "task": env_id, "seed": seed}, script, {"env-id": env_id, "seed": seed},
-            args.updates, args.evaluations)
+        Run({"script": script, "task": env_id, "seed": seed}, script, {"env-id": env_id, "seed": seed}, 20_000, 10)
         for script in scripts
         for env_id in args.env_ids
         for seed in args.seeds
-    ]  # fmt: skip
+    ]
     rows = studies.make_all(runs, args, args.results / "gymnasium_scores.csv", find_dataset)
     lines = [["environment", "random play", "mean of the data", "ROSMO", "each seed", "MuZero Unplugged", "each seed"]]
     for env_id in args.env_ids:

@@ -20,11 +20,6 @@ from data.dataset import open_dataset, run_program
 BATCHES = 24
 
 
-def drop_pages(file: Path) -> None:
-    with file.open("rb") as raw:
-        os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def main(folder: Path) -> None:
     jax.config.update("jax_num_cpu_devices", 1)
     jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))
@@ -41,7 +36,8 @@ def main(folder: Path) -> None:
             for i in range(BATCHES + 1):
                 start = time.perf_counter() if i == 1 else start  # the first call compiles
                 if cold:
-                    drop_pages(folder / "observation.npy")
+                    with (folder / "observation.npy").open("rb") as raw:
+                        os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 if readers:
                     jax.block_until_ready(next(windows))
                 else:
