@@ -13,7 +13,8 @@ from data.dataset import write_dataset
 SCRIPTS = {"rosmo_atari": rosmo_atari, "muzero_unplugged_atari": muzero_unplugged_atari}
 DIFFERENT = {  # what a method's runs have otherwise than the script, beside what all have
     "ROSMO": {}, "one-step, no regularisation": {"behavior_coef": 0.0},
-    "filtered cloning": {"policy_coef": 0.0, "sampling": True}, "MuZero Unplugged": {}, "MZU-Q": {"policy_target": "mzu_q"},
+    "filtered cloning": {"policy_coef": 0.0, "sampling": True}, "MuZero Unplugged": {"num_simulations": 10},
+    "MZU-Q": {"num_simulations": 10, "policy_target": "mzu_q"},
 }  # fmt: skip
 
 
