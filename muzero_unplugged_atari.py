@@ -731,7 +731,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         try:
             state = checkpoints.restore(None, args=ocp.args.StandardRestore(state))
         except Exception as error:  # Orbax raises many kinds
-            raise InputError(f"the last checkpoint of {run_dir} cannot be read: {str(error)[:300]}") from None
+            raise InputError(f"the checkpoint of {run_dir} is damaged, or of another network: {error!r:.150}") from None
     step = int(state.step)
     require(step <= args.total_steps, f"{run_dir} has made {step} updates: --total-steps is {args.total_steps}")
     if args.eval_only:

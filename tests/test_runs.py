@@ -367,8 +367,8 @@ def test_resuming_what_cannot_be_resumed(bsuite_run, tmp_path, monkeypatch):
     copy = shutil.copytree(bsuite_run, tmp_path / "copy")
     before = (copy / "args.json").read_text(), metrics(copy)
     for arguments, sentence in (
-        (["--dynamics-width", 16], "the last checkpoint of .*/copy cannot be read: .*shape"),
-        (["--dynamics-width", 16, "--eval-only"], "the last checkpoint of .*/copy cannot be read: .*shape"),
+        (["--dynamics-width", 16], "the checkpoint of .*/copy is damaged, or of another network: .*shape"),
+        (["--dynamics-width", 16, "--eval-only"], "the checkpoint of .*/copy is damaged, or of another network: .*shape"),
     ):
         with pytest.raises(rosmo_bsuite.InputError, match=sentence):
             run(rosmo_bsuite, ["--resume", copy, *arguments])
@@ -405,5 +405,9 @@ def test_a_damaged_checkpoint_is_one_sentence(bsuite_run, tmp_path):
         os.truncate(file, 100)
     process = program(rosmo_bsuite, "--resume", copy, "--total-steps", 447)
     out, err = process.communicate(timeout=200)
-    assert process.returncode == 2 and out == "" and err.startswith(f"error: the last checkpoint of {copy} cannot be read: ")
+    assert (
+        process.returncode == 2
+        and out == ""
+        and err.startswith(f"error: the checkpoint of {copy} is damaged, or of another network: ")
+    )
     assert "Traceback" not in err and len(err) < 600
