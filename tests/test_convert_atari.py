@@ -17,7 +17,7 @@ from tfrecord import example_pb2
 
 from data import rl_unplugged
 from data.convert_atari import FILES, OPEN, Args, convert, parse_shards
-from data.dataset import FIELDS, InputError, open_dataset, subset
+from data.dataset import FIELDS, InputError, open_dataset
 from data.tfrecords import masked_crc, read_records
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -89,13 +89,6 @@ def test_dqn_replay_equals_what_dopamine_was_given(tmp_path):
 @pytest.mark.parametrize("source", [RAW, TFDS])
 def test_a_part_of_the_data(tmp_path, source, settings, kept):
     assert_equals(convert(breakout(tmp_path / "new", source, **settings)), fixture_episodes(kept))
-
-
-def test_percentages_are_spread_evenly():
-    for percentage in (0.1, 1, 10, 33.3, 70, 100):
-        taken = list(subset(range(10_000), percentage))
-        assert len(taken) == round(100 * percentage) and np.ptp(np.diff(taken)) <= 1
-    assert list(subset(iter(range(10)), 30)) == [3, 6, 9]
 
 
 def write_checkpoint(folder, number, observation, action, reward, terminal, add_count=None):

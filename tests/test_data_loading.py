@@ -124,17 +124,12 @@ def test_datasets_that_do_not_fit(tmp_path, script, damage, settings, sentence):
         load(script, folder, **fitting | settings)
 
 
-def test_actions_and_shapes_are_the_environments(tmp_path):
-    """Compared before anything is made."""
-    for script, num_actions, shape in ((rosmo_bsuite, 4, (10, 5)), (rosmo_bsuite, 3, (5, 10)), (rosmo_atari, 3, (84, 84))):
-        folder = write(tmp_path / f"{script.__name__}_{num_actions}", script)
-        edit_meta(num_actions=num_actions)(folder)
-        if script is rosmo_bsuite:
-            np.save(folder / "observation.npy", np.zeros((19, *shape), np.float32))
-        small = TINY if is_atari(script) else {"unroll_steps": 2, "bootstrap_steps": 2, "batch_size": 2}
-        with pytest.raises(script.InputError, match=r"has .*actions.*, the dataset .*"):
-            script.main(script.Args(**small, total_steps=1, data_dir=folder, run_dir=tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+def test_the_datas_actions_are_the_games(tmp_path):
+    """Compared before anything is made; on BSuite: test_use.py."""
+    folder, run_dir = write(tmp_path / "data", rosmo_atari), tmp_path / "run"
+    with pytest.raises(rosmo_atari.InputError, match=r"has .*actions.*, the dataset .*"):
+        rosmo_atari.main(rosmo_atari.Args(**TINY, total_steps=1, data_dir=folder, run_dir=run_dir))
+    assert not run_dir.exists()
 
 
 def test_vectors_and_matrices_become_vectors(tmp_path):
@@ -144,6 +139,7 @@ def test_vectors_and_matrices_become_vectors(tmp_path):
         np.save(folder / "observation.npy", vectors.reshape(19, *shape))
         data, _, meta = load(rosmo_bsuite, folder)
         assert np.array_equal(data.observation, vectors) and tuple(meta["observation_shape"]) == shape
+        assert np.flatnonzero(data.is_last).tolist() == [4, 12, 18] and np.flatnonzero(data.is_terminal).tolist() == [4, 18]
 
 
 @both
@@ -166,8 +162,9 @@ def test_a_fraction_is_evenly_spaced_and_chosen_by_seed(script, tmp_path):
 
 
 def test_the_default_dataset(tmp_path, monkeypatch, catch_dataset):
-    """What is there is taken; what is missing is recorded; what is named is not."""
+    """What is there is taken; what is missing is recorded; what is named is not. The run has a folder by its second."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rosmo_bsuite.time, "strftime", lambda _: "20260101-000000")
     recorded, small = [], {"total_steps": 1, "eval_episodes": 0, "batch_size": 2}
 
     def record_if_missing(env_id, noise):
@@ -177,8 +174,9 @@ def test_the_default_dataset(tmp_path, monkeypatch, catch_dataset):
 
     recorder = types.SimpleNamespace(record_if_missing=record_if_missing)
     monkeypatch.setitem(sys.modules, "data.record_bsuite", recorder)
-    for name in ("first", "second"):
-        rosmo_bsuite.main(rosmo_bsuite.Args(**small, noise=0.1, run_dir=name))
+    rosmo_bsuite.main(rosmo_bsuite.Args(**small, noise=0.1))
+    with pytest.raises(FileExistsError, match="runs/catch__rosmo_bsuite__0__20260101-000000"):
+        rosmo_bsuite.main(rosmo_bsuite.Args(**small, noise=0.1))
     assert recorded == [("catch", 0.1)]
     for settings in ({"data_dir": "nowhere"}, {"env_id": "plant"}):
         with pytest.raises(rosmo_bsuite.InputError, match="is missing or damaged"):
@@ -226,53 +224,45 @@ def test_stacks_at_episode_starts():
             assert (stacks[b, t - b] == stacks[b, t - b, :1, :1]).all()
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_batches_from_host_and_device_are_equal(breakout_dataset, fraction):
-    """They are the rows that sample_windows names of the episodes that are kept, in the order of the updates."""
+@pytest.mark.parametrize(("fraction", "room", "placed"), [(1.0, 0.9, "host"), (0.5, 1.1, "shares"), (0.5, 3.0, "whole")])
+def test_batches_are_the_same_wherever_the_frames_are(breakout_dataset, monkeypatch, fraction, room, placed):
+    """They are the rows that sample_windows names of the episodes that are kept, in the order of the updates.
+
+    room: of two devices, in units of the frames. Twice the frames must fit where they go.
+    """
     args = dataclasses.replace(ATARI, data_fraction=fraction)
     data, rows, _ = rosmo_atari.load_dataset(breakout_dataset, args)
     assert isinstance(data.observation, np.memmap)  # frames stay on the disk
+    stats = {"bytes_limit": int(room * len(rows) * 84 * 84), "bytes_in_use": 0}
+    local, shapes, read = jax.local_devices(), list[tuple](), rosmo_atari.read_frames
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda: stats), *local[1:]])
+    monkeypatch.setattr(rosmo_atari, "read_frames", lambda x, at: shapes.append(at.shape) or read(x, at))
     key = jax.random.PRNGKey(3)
-    split = jax.sharding.NamedSharding(key.sharding.mesh, jax.P("batch"))
-    host, device = (
-        rosmo_atari.batches(data, rows, key, 7, dataclasses.replace(args, data_place=place)) for place in ("host", "device")
-    )
-    windows_key = jax.random.split(key, 3)[0]
+    split, windows_key = jax.sharding.NamedSharding(key.sharding.mesh, jax.P("batch")), jax.random.split(key, 3)[0]
+    windows = rosmo_atari.batches(data, rows, key, 7, args)
     for t in range(7, 14):
-        first, second = next(host), next(device)
-        assert first.observation.shape == (4, 8, 84, 84) and first.observation.dtype == np.uint8
+        batch = next(windows)
+        assert batch.observation.shape == (4, 8, 84, 84) and batch.observation.dtype == np.uint8
         index = rows[np.asarray(rosmo_atari.sample_windows(jax.random.fold_in(windows_key, t), len(rows), args))]
-        for ours, theirs, whole in zip(first, second, data, strict=True):
-            assert np.array_equal(ours, whole[index]) and np.array_equal(theirs, whole[index])
-            assert ours.sharding == theirs.sharding == split
-
-
-class Counted(np.ndarray):
-    """An array that counts how often it is read, and fails at the tenth time if it is to."""
-
-    reads: list[tuple]
-    limit = 10**6
-
-    def __getitem__(self, index):
-        self.reads.append(np.shape(index))
-        if len(self.reads) > self.limit:
-            raise OSError("the disk has gone")
-        return np.asarray(self)[index]
-
-
-def counted(path):
-    data, rows, _ = rosmo_atari.load_dataset(write(path, rosmo_atari), ATARI)
-    reward = data.reward.view(Counted)
-    reward.reads = []
-    return data._replace(reward=reward), rows
+        for ours, whole in zip(batch, data, strict=True):
+            assert np.array_equal(ours, whole[index]) and ours.sharding == split
+    expected = {"shares": {-(-len(rows) // 2)}, "whole": {len(rows)}}.get(placed)
+    assert ({shape[0] for shape in shapes} == expected) if expected else all(len(shape) == 2 for shape in shapes)
 
 
 @pytest.mark.timeout(60)
-def test_reading_ahead(tmp_path):
+def test_reading_ahead(tmp_path, monkeypatch):
     """No more than four batches before their use; an error comes out where its batch is used."""
-    data, rows = counted(tmp_path / "data")
-    devices, reads = jax.device_count(), data.reward.reads
-    data.reward.limit = 9 * devices
+    data, rows, _ = rosmo_atari.load_dataset(write(tmp_path / "data", rosmo_atari), ATARI)
+    devices, reads, read_frames = jax.device_count(), list[tuple](), rosmo_atari.read_frames
+
+    def read(file, at):
+        reads.append(at.shape)
+        if len(reads) > 9 * devices:
+            raise OSError("the disk has gone")
+        return read_frames(file, at)
+
+    monkeypatch.setattr(rosmo_atari, "read_frames", read)
     windows = rosmo_atari.batches(
         data, rows, jax.random.PRNGKey(0), 0, dataclasses.replace(ATARI, data_place="host", data_readers=4)
     )

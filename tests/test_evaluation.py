@@ -10,6 +10,7 @@ import pytest
 
 import rosmo_atari
 import rosmo_bsuite
+from data import record_atari
 
 pytestmark = pytest.mark.timeout(60)  # a mistake in counting ends in an endless loop
 
@@ -146,12 +147,15 @@ def test_bsuite_tasks_are_bsuites():
 
 
 def test_settings_of_atari(monkeypatch):
-    """Those of the datasets, game scores that are not clipped, and half an hour of play at most; seeds as they are given."""
-    settings = {}
-    monkeypatch.setattr(envpool, "make", lambda name, **given: settings.update(given, name=name))
+    """The recorder's too: game scores that are not clipped, and half an hour of play at most; seeds as they are given."""
+    asked = []
+    monkeypatch.setattr(envpool, "make", lambda *name, **settings: asked.append((*name, settings)))
     rosmo_atari.make_environments("MsPacman", [3, 2**30 + 1, 2**31 + 5])
-    assert settings == {
-        "name": "MsPacman-v5", "env_type": "gymnasium", "num_envs": 3, "seed": [3, 2**30 + 1, 5], "stack_num": 4,
-        "noop_max": 1, "repeat_action_probability": 0.25, "use_fire_reset": False, "episodic_life": False,
-        "reward_clip": False, "full_action_space": False, "max_episode_steps": 27000,
+    record_atari.make_environments("MsPacman", 3, seed=0)
+    expected = {
+        "env_type": "gymnasium", "num_envs": 3, "stack_num": 4, "noop_max": 1, "repeat_action_probability": 0.25,
+        "use_fire_reset": False, "episodic_life": False, "reward_clip": False, "full_action_space": False,
+        "max_episode_steps": 27000,
     }  # fmt: skip
+    seeds = [3, 2**30 + 1, 5], record_atari.environment_seeds(0, 3)
+    assert asked == [("MsPacman-v5", expected | {"seed": seed}) for seed in seeds]

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import tyro
-from gymnasium.spaces import Box, Dict, Discrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
 
 from data import convert_atari, convert_bsuite, minari_datasets
 from data.convert_atari import Args
@@ -19,6 +19,7 @@ from tests.test_convert_atari import cut, edit
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari asks for authors
 README = Path(__file__).parent.parent / "data" / "README.md"
 VECTOR, THREE = Box(-np.inf, np.inf, (7,), np.float64), Discrete(3)
+ARROW, PARQUET = {"data_format": "arrow"}, {"data_format": "parquet"}
 
 
 @pytest.fixture
@@ -41,9 +42,10 @@ def make_minari(name, space, episodes=2, steps=5, actions=THREE, terminal=True, 
             return {key: draw(part) for key, part in space.items()}
         if isinstance(space, Tuple):
             return tuple(map(draw, space))
-        if isinstance(space, Box) and space.dtype != np.uint8:
+        if space.dtype.kind == "f":
             return random.normal(size=(steps + 1, *space.shape)).astype(space.dtype)
-        return random.integers(0, 3 if isinstance(space, Discrete) else 256, (steps + 1, *space.shape), np.uint8)
+        high = 3 if isinstance(space, Discrete) else 256 if space.dtype == np.uint8 else 2
+        return random.integers(high, size=(steps + 1, *space.shape)).astype(space.dtype)
 
     random, last = np.random.default_rng(0), np.arange(1, steps + 1) == steps
     observations = [draw(space) for _ in range(episodes)]
@@ -62,7 +64,7 @@ def make_minari(name, space, episodes=2, steps=5, actions=THREE, terminal=True, 
         name, buffers, observation_space=space, action_space=actions, **{"jpeg_encoding": False, **settings}
     )
     dataset.storage.update_metadata(scores)
-    return np.array(observations) if isinstance(space, Box) else observations
+    return np.array(observations) if isinstance(space, Box | MultiBinary) else observations
 
 
 # ------------------------------------------------------------------------------------------------- Vectors and matrices
@@ -212,49 +214,34 @@ def test_sources_of_frames(tmp_path, store):
 
 
 @pytest.mark.parametrize(
-    ("space", "actions", "sentence"),
+    ("made", "damage", "sentence"),
     [
-        (Box(0, 1, (84, 84), np.float32), THREE, r"observations of float32 \(84, 84\): wanted is .* uint8 images"),
-        (Box(0, 255, (3, 84, 84), np.uint8), THREE, r"observations of uint8 \(3, 84, 84\)"),  # colours, or a stack
-        (VECTOR, Discrete(3, start=1), r"actions of Discrete\(3, start=1\): wanted is Discrete, from 0"),
-        (VECTOR, Box(-np.arange(40.0), np.arange(40.0), dtype=np.float64), r"actions of Box.*: wanted is Discrete, from 0"),
-        (VECTOR, Discrete(2), r"episode 0: actions are from 0 to 1, but here is 2"),
+        ({"space": Box(0, 1, (84, 84), np.float32)}, None, r"observations of float32 \(84, 84\): wanted is .* uint8 images"),
+        ({"space": Box(0, 255, (3, 84, 84), np.uint8)}, None, r"observations of uint8 \(3, 84, 84\)"),  # colours, or a stack
+        ({"actions": Discrete(3, start=1)}, None, r"actions of Discrete\(3, start=1\): wanted is Discrete, from 0"),
+        ({"actions": Box(-9, 9, (2,))}, None, r"actions of Box.*: wanted is Discrete, from 0"),
+        ({"actions": Discrete(2)}, None, r"episode 0: actions are from 0 to 1, but here is 2"),
+        ({}, lambda data: cut(data / "main_data.hdf5", 9_000), "data, episode 0 is damaged or cut short: OSError"),
+        (ARROW, lambda data: cut(data / "1" / "part-0.arrow", 500), "data, episode 1 is damaged or cut short"),
+        (PARQUET, lambda data: cut(data / "1" / "part-0.parquet", 500), "data, episode 1 is damaged or cut short"),
+        ({}, lambda data: edit(data / "metadata.json", '"Box', '"Bag'), r"damaged, or no Minari dataset"),
+        ({}, lambda data: edit(data / "metadata.json", "20.0", '"high"'), r"damaged, or no Minari dataset"),
+        ({}, lambda data: edit(data / "metadata.json", '"0.5.', '"9.5.'), r"does not support"),
+        (ARROW, lambda data: edit(data / "1" / "metadata.json", '"total_steps": 5', '"total_steps": 6'), "were read, not 6"),
     ],
 )
-def test_what_cannot_be_converted(tmp_path, store, space, actions, sentence):
-    make_minari("wrong-v0", space, actions=actions)
+def test_what_cannot_be_converted_is_named_and_nothing_is_left(tmp_path, store, made, damage, sentence):
+    make_minari("wrong-v0", **{"space": VECTOR, "ref_min_score": 0.0, "ref_max_score": 20.0} | made)
+    if damage:
+        damage(store / "wrong-v0" / "data")
     for converter in (
         lambda: convert_bsuite.convert(Path("wrong-v0"), "new"),
         lambda: convert_atari.convert(Args("new", source=(Path("wrong-v0"),))),
     ):
         with pytest.raises(InputError, match=sentence) as error:
             converter()
-        assert "\n" not in str(error.value)
+        assert "wrong-v0" in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.rglob("new"))
-
-
-@pytest.mark.parametrize(
-    ("storage", "damage", "sentence"),
-    [
-        ("hdf5", lambda data: cut(data / "main_data.hdf5", 9_000), "data, episode 0 is damaged or cut short: OSError"),
-        ("arrow", lambda data: cut(data / "1" / "part-0.arrow", 500), "data, episode 1 is damaged or cut short"),
-        ("parquet", lambda data: cut(data / "1" / "part-0.parquet", 500), "data, episode 1 is damaged or cut short"),
-        ("hdf5", lambda data: edit(data / "metadata.json", '"Box', '"Bag'), r"damaged, or no Minari dataset"),
-        ("hdf5", lambda data: edit(data / "metadata.json", "20.0", '"high"'), r"damaged, or no Minari dataset"),
-        ("hdf5", lambda data: edit(data / "metadata.json", '"0.5.', '"9.5.'), r"does not support"),
-        (
-            "arrow",
-            lambda data: edit(data / "1" / "metadata.json", '"total_steps": 5', '"total_steps": 6'),
-            "episode 1 is damaged or cut short: .*5 steps were read, not 6",
-        ),
-    ],
-)
-def test_damaged_datasets_are_named_and_nothing_is_left(tmp_path, store, storage, damage, sentence):
-    make_minari("vectors-v0", VECTOR, data_format=storage, ref_min_score=0.0, ref_max_score=20.0)
-    damage(store / "vectors-v0" / "data")
-    with pytest.raises(InputError, match=sentence) as error:
-        convert_bsuite.convert(Path("vectors-v0"), "new")
-    assert "vectors-v0" in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.rglob("new"))
 
 
 # -------------------------------------------------------------------------------------------------------------- README

@@ -1,22 +1,19 @@
-"""What real data need: old ROMs, frames read from the disk in stretches, rows shared out, environments as Minari says."""
+"""What real data need: old ROMs, frames read from the disk in stretches, environments as Minari says."""
 
-import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import types
 from pathlib import Path
 
 import ale_py
 import envpool
 import gymnasium
-import jax
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Discrete, MultiBinary
+from gymnasium.spaces import Box, MultiBinary
 
 import rosmo_atari
 from data import convert_atari, convert_bsuite
@@ -117,25 +114,6 @@ def test_frames_from_the_disk(breakout_dataset):
         assert np.array_equal(rosmo_atari.read_frames(data.observation, index), data.observation[index])
 
 
-@pytest.mark.parametrize(("room", "placed"), [(1.1, "shares"), (3.0, "whole"), (0.9, "host")])
-def test_rows_go_to_the_devices_whole_or_in_shares(breakout_dataset, monkeypatch, room, placed):
-    """room: of two devices, in units of the frames. Twice the frames must fit where they go."""
-    args = rosmo_atari.Args(**TINY, data_readers=2)
-    data, rows, _ = rosmo_atari.load_dataset(breakout_dataset, args)
-    stats = {"bytes_limit": int(room * len(rows) * 84 * 84), "bytes_in_use": 0}
-    local, shapes, read = jax.local_devices(), list[tuple](), rosmo_atari.read_frames
-    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda: stats), *local[1:]])
-    monkeypatch.setattr(rosmo_atari, "read_frames", lambda x, at: shapes.append(at.shape) or read(x, at))
-    windows, expected = rosmo_atari.batches(data, rows, jax.random.PRNGKey(3), 0, args), []
-    for _ in range(3):
-        expected.append(next(windows))
-    host = rosmo_atari.batches(data, rows, jax.random.PRNGKey(3), 0, dataclasses.replace(args, data_place="host"))
-    found = {"shares": {len(rows) // 2}, "whole": {len(rows)}}.get(placed)
-    assert ({shape[0] for shape in shapes} == found) if found else all(len(shape) == 2 for shape in shapes)
-    for batch in expected:
-        assert jax.tree.all(jax.tree.map(np.array_equal, batch, next(host)))
-
-
 # ---------------------------------------------------------------------------------------------------------- Of Minari
 
 
@@ -164,12 +142,6 @@ def test_the_environment_that_minari_names(store, capsys):  # noqa: F811
 
 @pytest.mark.parametrize("space", [MultiBinary(5), Box(0, 1, (5,), bool)])
 def test_booleans_are_numbers(store, space):  # noqa: F811
-    import minari
-    from minari.data_collector import EpisodeBuffer
-
-    flags = np.random.default_rng(0).integers(2, size=(6, 5)).astype(space.dtype)
-    ends = {"rewards": np.ones(5), "terminations": np.arange(5) == 4, "truncations": np.zeros(5, bool)}
-    buffers = [EpisodeBuffer(observations=flags, actions=np.zeros(5, int), **ends)]
-    minari.create_dataset_from_buffers("flags-v0", buffers, observation_space=space, action_space=Discrete(2))
+    flags = make_minari("flags-v0", space)
     data = open_dataset(convert_bsuite.convert(Path("flags-v0"), "flags"))
-    assert data.observation.dtype == np.float32 and np.array_equal(data.observation, flags)
+    assert data.observation.dtype == np.float32 and np.array_equal(data.observation, flags.reshape(12, 5))
