@@ -245,9 +245,9 @@ class Roots(NamedTuple):
 
 
 @functools.cache
-def roots(script: Any, number: int) -> Roots:
+def every_root(script: Any) -> Roots:
     model = small_model(script)
-    params, observation = random_parameters(model), observations(script, number)
+    params, observation = random_parameters(model), observations(script, 64)
 
     @jax.jit
     def look_ahead(params: Any, observation: jax.Array) -> tuple:
@@ -255,12 +255,18 @@ def roots(script: Any, number: int) -> Roots:
         state = net.representation(observation)
         prediction = net.prediction(state)
         for action in range(model.num_actions):
-            after = net.prediction(net.dynamics(state, jnp.full(number, action)))
+            after = net.prediction(net.dynamics(state, jnp.full(64, action)))
             q.append(script.to_scalar(after.reward_logits) + 0.6 * script.to_scalar(after.value_logits))
         value = script.to_scalar(prediction.value_logits)
         return state, prediction, jax.nn.softmax(prediction.policy_logits), value, jnp.stack(q, axis=-1)
 
     return Roots(params, observation, *look_ahead(params, observation))
+
+
+def roots(script: Any, number: int) -> Roots:
+    """The first of them."""
+    root = every_root(script)
+    return Roots(root.params, *jax.tree.map(lambda x: x[:number], tuple(root[1:])))
 
 
 def played(script: Any, root: Roots, *lead: int) -> Any:
@@ -532,6 +538,12 @@ def expected_loss(params: Any, batch: Any, targets: dict[str, np.ndarray], model
     return total, metrics | {"total_loss": total}
 
 
+@functools.cache
+def gradient_of(loss: Any) -> Any:
+    """Compiled once for all tests here."""
+    return jax.jit(jax.grad(loss, has_aux=True), static_argnames="model")
+
+
 @pytest.mark.parametrize("truncated", [[], [1, 4, 9], [0, 2, 3, 5, 6]])
 def test_targets_losses_and_gradients_at_other_settings(truncated):
     """Every coefficient, the discount, the steps, the bins and the gradient's scale, against the definitions.
@@ -553,10 +565,8 @@ def test_targets_losses_and_gradients_at_other_settings(truncated):
         weight = {"reward": "reward_weight", "value": "weight"}.get(name)
         shown = np.asarray(targets._asdict()[weight]) > 0 if weight else np.True_
         np.testing.assert_allclose(shown * getattr(targets, name), shown * values, rtol=1e-5, atol=1e-4, err_msg=name)
-    pairs = (functools.partial(rosmo.loss, targets=targets), functools.partial(expected_loss, targets=expected))
-    (gradient, metrics), (their_gradient, their_metrics) = (
-        jax.jit(jax.grad(functools.partial(each, batch=batch, model=model), has_aux=True))(params) for each in pairs
-    )
+    gradient, metrics = gradient_of(rosmo.loss)(params, batch, targets, model=model)
+    their_gradient, their_metrics = gradient_of(expected_loss)(params, batch, expected, model=model)
     assert_close({name: metrics[name] for name in their_metrics}, their_metrics)
     assert_close(gradient, their_gradient, rtol=1e-3, atol=1e-4)
 
@@ -564,10 +574,9 @@ def test_targets_losses_and_gradients_at_other_settings(truncated):
 def test_windows_of_which_nothing_is_known():
     """They begin where an episode was truncated: no loss, and a gradient that is a number."""
     model, data = small_model(rosmo, **LOSS), dataset(rosmo, [5, 9], is_terminal=np.zeros(14, bool))
-    batch = jax.tree.map(lambda x: x[None, 4:11], data)
-    targets = rosmo.make_targets(KEY, batch, random_labels(1, 7), model.args)
-    gradient_and_metrics = jax.jit(jax.grad(functools.partial(rosmo.loss, model=model), has_aux=True))
-    gradient, metrics = gradient_and_metrics(random_parameters(model), batch, targets)
+    batch = jax.tree.map(lambda x: jnp.stack([x[4:11]] * 58), data)  # as many as above
+    targets = rosmo.make_targets(KEY, batch, random_labels(58, 7), model.args)
+    gradient, metrics = gradient_of(rosmo.loss)(random_parameters(model), batch, targets, model=model)
     assert float(metrics["total_loss"]) == 0 and all(np.all(x == 0) for x in jax.tree.leaves(gradient))
 
 

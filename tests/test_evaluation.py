@@ -1,5 +1,7 @@
 """How agents are scored: which steps count, in which environments, with which seeds, and the video of one."""
 
+from pathlib import Path
+
 import cv2
 import envpool
 import gymnasium
@@ -152,10 +154,13 @@ def test_settings_of_atari(monkeypatch):
     monkeypatch.setattr(envpool, "make", lambda *name, **settings: asked.append((*name, settings)))
     rosmo_atari.make_environments("MsPacman", [3, 2**30 + 1, 2**31 + 5])
     record_atari.make_environments("MsPacman", 3, seed=0)
+    rosmo_atari.make_environments("MsPacman", [3], Path("roms"))
+    record_atari.make_environments("MsPacman", 3, seed=0, rom_dir=Path("roms"))
     expected = {
         "env_type": "gymnasium", "num_envs": 3, "stack_num": 4, "noop_max": 1, "repeat_action_probability": 0.25,
         "use_fire_reset": False, "episodic_life": False, "reward_clip": False, "full_action_space": False,
         "max_episode_steps": 27000,
     }  # fmt: skip
     seeds = [3, 2**30 + 1, 5], record_atari.environment_seeds(0, 3)
-    assert asked == [("MsPacman-v5", expected | {"seed": seed}) for seed in seeds]
+    assert asked[:2] == [("MsPacman-v5", expected | {"seed": seed}) for seed in seeds]
+    assert [settings.get("base_path") for _, settings in asked] == [None, None, "roms", "roms"]

@@ -42,6 +42,7 @@ def old_roms(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize(("env_id", "name"), [("Amidar", "amidar"), ("BattleZone", "battle_zone")])
 def test_a_game_with_both_roms(old_roms, monkeypatch, env_id, name, old):
