@@ -98,13 +98,8 @@ def test_games():
     assert str(record_atari.default_folder("Pong")) == "datasets/atari/Pong"
 
 
-@pytest.fixture
-def breakout(breakout_dataset):
-    """Random play of four environments."""
-    return open_dataset(breakout_dataset)
-
-
-def test_recording(breakout):
+def test_recording(breakout_dataset):
+    breakout = open_dataset(breakout_dataset)
     assert breakout.observation.shape[1:] == (84, 84) and breakout.observation.dtype == np.uint8
     lengths = np.diff(np.flatnonzero(np.append(breakout.is_first, True))) - 1
     assert 1500 <= lengths.sum() < 1504
@@ -122,19 +117,20 @@ def test_recording(breakout):
     assert np.bincount(breakout.action[~breakout.is_last]).min() > 0.2 * lengths.sum()  # of each of the four actions
 
 
-def test_recorded_steps_are_the_games(breakout):
+def test_recorded_steps_are_the_games(breakout_dataset):
     """One episode is an environment's first; the emulator plays it again from its actions."""
-    starts, ends = np.flatnonzero(breakout.is_first), np.flatnonzero(breakout.is_last)
+    data = open_dataset(breakout_dataset)
+    starts, ends = np.flatnonzero(data.is_first), np.flatnonzero(data.is_last)
 
     def same(seed, start, end):
         dopamine = Dopamine("Breakout", seed, sticky_actions=0.25)
-        if not np.array_equal(dopamine.reset(), breakout.observation[start]):
+        if not np.array_equal(dopamine.reset(), data.observation[start]):
             return False
         for t in range(start, end):
-            frame, reward, terminal = dopamine.step(breakout.action[t])
-            if (reward, terminal) != (breakout.reward[t], breakout.is_terminal[t + 1]):
+            frame, reward, terminal = dopamine.step(data.action[t])
+            if (reward, terminal) != (data.reward[t], data.is_terminal[t + 1]):
                 return False
-            if not terminal and not np.array_equal(frame, breakout.observation[t + 1]):
+            if not terminal and not np.array_equal(frame, data.observation[t + 1]):
                 return False
         return True
 

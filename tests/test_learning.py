@@ -21,7 +21,8 @@ def learn(script, *flags):
 def test_rosmo_learns_catch(tmp_path, monkeypatch):
     """It records the standard dataset, trains, and beats random play and the data."""
     monkeypatch.chdir(tmp_path)
-    last, out = learn(rosmo_bsuite, "--batch-size", 256, "--total-steps", 15000, "--eval-interval", 15000)
+    fast = ("--batch-size", 128, "--learning-rate", 2e-3, "--warmup-steps", 200, "--learning-rate-decay-steps", 6000)
+    last, out = learn(rosmo_bsuite, *fast, "--total-steps", 8000, "--eval-interval", 8000)
     assert "There is no dataset datasets/bsuite/catch: recording" in out
     data_return = open_dataset(Path("datasets/bsuite/catch")).meta["return_mean"]
     assert -0.667 < data_return < 0.9 <= last["eval/return_mean"]  # -0.667: random play
