@@ -67,7 +67,7 @@ class Args:
     bootstrap_steps: PositiveInt = 5  # n, the steps of the n-step return
     discount: Fraction = 0.997**4  # gamma
     num_bins: Annotated[int, Field(ge=3)] = 601  # bins of the reward and value distributions
-    encoder: Literal["resnet", "cnn"] = "resnet"  # the paper's, or DQN's of 2013 (cheap; states are 11 x 11)
+    encoder: Literal["resnet", "cnn"] = "resnet"  # the paper's, or DQN's of 2013 at 42 x 42 (cheap; states are 11 x 11)
     channels: Annotated[int, Field(ge=2)] = 64  # channels of a latent state
     representation_blocks: NonNegativeInt = 6  # residual blocks of the representation network at its last size
     dynamics_blocks: NonNegativeInt = 2  # residual blocks of the dynamics network
@@ -105,10 +105,9 @@ class Args:
 
 
 CPU_SIZE: dict[str, Any] = {
-    "batch_size": 32, "total_steps": 20_000, "encoder": "cnn", "channels": 16, "representation_blocks": 0,
-    "dynamics_blocks": 1, "prediction_blocks": 0, "head_channels": 8, "num_bins": 81, "unroll_steps": 3,
-    "bootstrap_steps": 3, "learning_rate": 2e-3, "warmup_steps": 200, "learning_rate_decay_steps": 15_000,
-    "eval_interval": 2_500, "target_update_interval": 25,
+    "batch_size": 32, "total_steps": 20_000, "num_bins": 81, "encoder": "cnn", "channels": 16, "representation_blocks": 0,
+    "dynamics_blocks": 1, "prediction_blocks": 0, "head_channels": 8, "unroll_steps": 3, "bootstrap_steps": 3,
+    "learning_rate": 2e-3, "warmup_steps": 200, "learning_rate_decay_steps": 15_000, "eval_interval": 2_500,
 }  # fmt: skip
 
 
@@ -175,7 +174,7 @@ class Model(nn.Module):
     def setup(self) -> None:
         args, channels, dtype = self.args, self.args.channels, self.args.compute_dtype
         block = functools.partial(ResBlock, channels, dtype)
-        stem: list[Callable] = [conv(16, dtype, 8, 4), nn.relu, conv(channels, dtype, 4, 2)]  # to 21 x 21, 11 x 11
+        stem: list[Callable] = [conv(16, dtype, 4, 2), nn.relu, conv(channels, dtype, 4, 2)]  # to 21 x 21, 11 x 11
         if args.encoder == "resnet":
             stem = [conv(channels // 2, dtype, stride=2), ResBlock(channels // 2, dtype)]  # to 42 x 42, C / 2
             stem += [block(stride=2), block(), avg_pool, block(), avg_pool]  # to 21 x 21, 11 x 11, 6 x 6
@@ -192,7 +191,8 @@ class Model(nn.Module):
         """h: observations [..., 84, 84, 4] uint8 to states [..., S]."""
         image = observation.astype(self.args.compute_dtype) / 255
         if self.args.encoder == "cnn":  # not normalised: the background becomes 0, or it would outweigh what moves
-            image -= jnp.median(image[..., ::8, ::8, -1:], axis=(-3, -2, -1), keepdims=True)
+            image = functools.reduce(jnp.maximum, [image[..., i::2, j::2, :] for i in (0, 1) for j in (0, 1)])  # to 42 x 42
+            image -= jnp.median(image[..., ::4, ::4, -1:], axis=(-3, -2, -1), keepdims=True)
         return self.encoder(image)
 
     def dynamics(self, state: jax.Array, action: jax.Array) -> jax.Array:

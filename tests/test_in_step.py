@@ -86,8 +86,7 @@ def benchmarks(algorithm: str) -> Pair:
 
 PAIRS = [
     algorithms("bsuite", {"label_dataset": "zeros = Labels"}),
-    # A search turns the errors of a younger model into its targets: it copies the parameters less often.
-    algorithms("atari", {"CPU_SIZE": "eval_interval"}),
+    algorithms("atari", {}),
     benchmarks("rosmo"),
     benchmarks("muzero_unplugged"),
 ]
