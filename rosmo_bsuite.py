@@ -366,8 +366,9 @@ def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
     """Labels [N] of the steps that windows read before the next target copy; zeros for the others.
 
     Until the target parameters change, a step has the same labels in all windows that hold it, so it is labelled once:
-    draw the windows up to the next copy, as update_many will, and label their steps in chunks. A step takes memory for A^2.
+    draw the windows up to the next copy, as update_many will, and label their steps in chunks.
     """
+    require(model.args.sampling or model.num_actions <= 4096, "exact look-ahead keeps A^2 numbers a step: name --sampling")
     length, interval = len(data.action), model.args.target_update_interval
     size = jax.device_count() * min(1024 if jax.default_backend() == "cpu" else 2**14, 2**24 // model.num_actions**2 + 1)
     windows_key, _, labels_key = jax.random.split(state.key, 3)
@@ -435,8 +436,7 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, Steps, dict[str, Any]
     require(is_whole and data.is_first[0], f"{of} does not mark whole episodes by is_first, is_last and is_terminal")
     require(data.action.min() >= 0 and data.action.max() < num_actions, f"{of} has actions outside 0 to {num_actions - 1}")
     require(not data.reward[data.is_last].any(), f"{of} has a reward at an episode's last step, which has no action")
-    require(np.isfinite(data.reward).all(), f"{of} has a reward that is not finite (reward.npy)")
-    require(np.isfinite(data.observation).all(), f"{of} has an observation that is not finite (observation.npy)")
+    require(np.isfinite(data.reward).all() and np.isfinite(data.observation).all(), f"{of} has numbers that are not finite")
     episode, random = np.cumsum(data.is_first) - 1, np.random.default_rng(args.seed)  # [N], of the step
 
     def draw(episodes: np.ndarray, fraction: float) -> np.ndarray:  # one of each of equal stretches of them

@@ -83,7 +83,7 @@ DAMAGED = [  # files
         (change("action", 0, 3), "actions outside 0 to 2"),
         (change("action", 0, -1), "actions outside 0 to 2"),
         (change("reward", 4, 1), "a reward at an episode's last step"),
-        (change("reward", 0, np.nan), "not finite .reward.npy"),
+        (change("reward", 0, np.nan), "not finite"),
     ],
 )
 def test_damage_is_named(script, tmp_path, damage, sentence):
@@ -107,7 +107,7 @@ def test_damaged_files_are_named(tmp_path, damage):
 @pytest.mark.parametrize(
     ("script", "damage", "settings", "sentence"),
     [
-        (rosmo_bsuite, change("observation", (0, 0, 0), np.inf), {}, r"not finite \(observation.npy"),
+        (rosmo_bsuite, change("observation", (0, 0, 0), np.inf), {}, "numbers that are not finite"),
         (rosmo_bsuite, edit_meta(), {"env_id": "cartpole", "noise": 0.1}, r"of \('catch', 0.1\), not of \('cartpole', 0.1"),
         (rosmo_bsuite, edit_meta(), {"noise": 0.2}, r"of \('catch', 0.1\), not of \('catch', 0.2\) \(--env-id, --noise"),
         (rosmo_bsuite, edit_meta(), {"unroll_steps": 6, "noise": 0.1}, "no episode of K"),
@@ -130,6 +130,11 @@ def test_the_datas_actions_are_the_games(tmp_path):
     with pytest.raises(rosmo_atari.InputError, match=r"has .*actions.*, the dataset .*"):
         rosmo_atari.main(rosmo_atari.Args(**TINY, total_steps=1, data_dir=folder, run_dir=run_dir))
     assert not run_dir.exists()
+
+
+def test_too_many_actions_for_an_exact_look_ahead():
+    with pytest.raises(rosmo_bsuite.InputError, match="name --sampling"):
+        rosmo_bsuite.label_dataset(None, None, rosmo_bsuite.Model(5000, rosmo_bsuite.Args()))
 
 
 def test_vectors_and_matrices_become_vectors(tmp_path):

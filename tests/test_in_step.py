@@ -85,7 +85,7 @@ def benchmarks(algorithm: str) -> Pair:
 
 
 PAIRS = [
-    algorithms("bsuite", {"label_dataset": "zeros = Labels"}),
+    algorithms("bsuite", {"label_dataset": "zeros = Labels|require"}),
     algorithms("atari", {}),
     benchmarks("rosmo"),
     benchmarks("muzero_unplugged"),
