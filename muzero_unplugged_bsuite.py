@@ -667,8 +667,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         os.replace(run_dir / "args.json.new", run_dir / "args.json")
         log_file = (run_dir / "metrics.jsonl").open("a+", buffering=1)
         log_file.seek(0)  # what a killed run logged after its last checkpoint is dropped, and comes again
-        kept = [text for text in log_file.readlines() if text.endswith("\n") and json.loads(text)["step"] <= step]
-        log_file.truncate(len("".join(kept)))
+        log_file.truncate(sum(len(text) for text in log_file if text.endswith("\n") and json.loads(text)["step"] <= step))
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), resume="auto", dir=run_dir)

@@ -644,10 +644,11 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     else:
         data, rows, meta = load_dataset(folder, args)
     if args.eval_episodes:
-        require(not args.rom_dir or any(args.rom_dir.glob("atari/roms/*.bin")), f"{args.rom_dir} has no atari/roms/*.bin")
         require(f"{args.env_id}-v5" in envpool.list_all_envs(), f"EnvPool has no game {args.env_id}; one is MsPacman")
-        found, wanted = envpool.make_spec(f"{args.env_id}-v5").gymnasium_action_space.n, meta["num_actions"]
-        require(found == wanted, f"{args.env_id} has {found} actions, the dataset {wanted}")
+        spec = envpool.make_spec(f"{args.env_id}-v5")
+        rom, found = f"atari/roms/{spec.config.task}.bin", spec.gymnasium_action_space.n
+        require(not args.rom_dir or (args.rom_dir / rom).exists(), f"{args.rom_dir} has no {rom}")
+        require(found == meta["num_actions"], f"{args.env_id} has {found} actions, the dataset {meta['num_actions']}")
     model = Model(meta["num_actions"], args)
     state = jax.device_put(jax.device_get(init_state((84, 84, 4), model)), P())  # on every device
 
@@ -675,8 +676,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         os.replace(run_dir / "args.json.new", run_dir / "args.json")
         log_file = (run_dir / "metrics.jsonl").open("a+", buffering=1)
         log_file.seek(0)  # what a killed run logged after its last checkpoint is dropped, and comes again
-        kept = [text for text in log_file.readlines() if text.endswith("\n") and json.loads(text)["step"] <= step]
-        log_file.truncate(len("".join(kept)))
+        log_file.truncate(sum(len(text) for text in log_file if text.endswith("\n") and json.loads(text)["step"] <= step))
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), resume="auto", dir=run_dir)

@@ -16,7 +16,7 @@ import tyro
 
 from benchmark import studies
 from benchmark.studies import CLONING, Run, cell, print_table
-from data.dataset import open_dataset, run_program
+from data.dataset import InputError, open_dataset, run_program
 from data.record_atari import NOISE_LEVELS, ScriptedPolicy, first_step, make_environments, next_step, record_if_missing
 
 ROSMO, MZU = "rosmo_atari", "muzero_unplugged_atari"
@@ -67,10 +67,12 @@ def best_level(game: str, episodes: int = 16) -> float:
 
 
 def main(args: Args) -> None:
-    data = {game: open_dataset(record_if_missing(game)).meta["game_return"]["mean"] for game in args.games}
+    data = {game: open_dataset(record_if_missing(game)).meta for game in args.games}
+    if others := [game for game, meta in data.items() if meta.get("policy") != "scripted"]:
+        raise InputError(f"datasets/atari has {', '.join(others)} not by its scripted player: run in another folder")
     rows = studies.make_all(runs_of(args), args, args.results / "atari.csv", lambda game, _: record_if_missing(game))
     lines = [["method", *args.games, "minutes of updates (median)"]]
-    lines.append(["mean of the data", *(f"{mean:.1f}" for mean in data.values()), ""])
+    lines.append(["mean of the data", *(f"{meta['game_return']['mean']:.1f}" for meta in data.values()), ""])
     lines.append(["best level of the data", *(f"{best_level(game):.1f}" for game in args.games), ""])
     for method in METHODS:
         mine = [row for row in rows if row["method"] == method]

@@ -98,7 +98,7 @@ def make_environments(
 
     After a reset all four frames of a stack are the first one. The step *after* an episode's end is its reset: it ignores
     the action, and returns the next episode's first observation, reward 0, and info["elapsed_step"] 0. Environment i is the
-    same for any num_envs. Raises InputError for an unknown game or impossible numbers.
+    same for any num_envs. Raises InputError for an unknown game, a missing ROM or impossible numbers.
     """
     num_actions(env_id)
     if num_envs < 1:
@@ -107,6 +107,9 @@ def make_environments(
         raise InputError(f"a seed is from 0 to {2**32 - 1}, not {seed}")
     import envpool
 
+    rom = Path(rom_dir or "", "atari/roms", f"{envpool.make_spec(f'{env_id}-v5').config.task}.bin")
+    if rom_dir and not rom.exists():
+        raise InputError(f"there is no {rom} (--rom-dir)")
     return envpool.make(
         f"{env_id}-v5",
         env_type="gymnasium",

@@ -257,7 +257,7 @@ def test_a_batch_is_split_over_the_cores(cores, flags, devices, monkeypatch):
         (rosmo_bsuite, ["--resume", "nowhere"], "nowhere is not the folder of a run"),
         (rosmo_bsuite, ["--resume", "x", "--run-dir", "y"], "name no --run-dir beside it"),
         (rosmo_bsuite, ["--distributed"], "--distributed needs --run-dir"),
-        (rosmo_atari, ["--rom-dir", "nowhere"], "nowhere has no atari/roms/*.bin"),
+        (rosmo_atari, ["--rom-dir", "nowhere"], "nowhere has no atari/roms/breakout.bin"),
         (muzero_unplugged_bsuite, ["--search-depth", 5], "--search-depth is at most --num-simulations"),
         (muzero_unplugged_bsuite, ["--tau", 0.5], "--tau has no part in --policy-target visit_counts"),
         (muzero_unplugged_bsuite, ["--policy-target", "mzu_q", "--temperature", 2], "--temperature has no part in"),
