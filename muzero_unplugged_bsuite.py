@@ -92,7 +92,7 @@ class Args:
     log_interval: PositiveInt = 1_000  # updates between lines of metrics.jsonl
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "rosmo"  # Weights & Biases project
-    cpu_devices: NonNegativeInt = 0  # without an accelerator, devices to split the batch over; 0 for as many as cores
+    cpu_devices: NonNegativeInt = 0  # on CPUs, devices that share the batch; 0: as many as divide it, of at most 8 cores
     distributed: bool = False  # this is one of several processes, on one host or more, that train together
 
 
@@ -228,8 +228,8 @@ def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction
     Returns the actions [B] to act by, the improved policy [B, A] and the root's value [B].
 
     No tree is walked: each simulation looks at all nodes at once. A node's path is a set of bits: the nodes above it, and
-    its own. A node is off where the best action of its parent does not lead to it. The simulation's path is all nodes that
-    have no such node in their bits. An edge (s, a) keeps its visits N(s, a) and returns W(s, a), the sum of what the
+    its own. A node is off where the best action of its parent does not lead to it. A node is on the simulation's
+    path where none of its bits is off. An edge (s, a) keeps its visits N(s, a) and returns W(s, a), the sum of what the
     simulations through it returned, so that Q(s, a) = W(s, a) / N(s, a).
     The improved policy is the root's visit counts N(a) / sum_b N(b) (MuZero); or prior(a) exp(Q(s, a) / tau) / Z (MZU-Q,
     Grill et al. 2020), Q being the root's value where no simulation went; or Gumbel MuZero's (Danihelka et al. 2022).
@@ -246,7 +246,8 @@ def search(params: Any, key: jax.Array, state: jax.Array, prediction: Prediction
     action_key, noise_key, order_key = jax.random.split(key, 3)
     noise = jax.random.dirichlet(noise_key, jnp.full(num_actions, 0.3), (batch,))
     prior = (1 - args.dirichlet_fraction) * jax.nn.softmax(prediction.policy_logits) + args.dirichlet_fraction * noise
-    order = jax.random.randint(order_key, (len(index), num_actions, batch), 0, 2**20) * num_actions + actions
+    tie_break = jax.random.randint(order_key, (len(index), num_actions, batch), 0, min(2**20, 2**31 // num_actions))
+    order = tie_break * num_actions + actions
     zeros, none, path = jnp.zeros(batch), jnp.zeros(batch, int), jnp.zeros((bits.shape[1], batch), int)
     root = Nodes(state, prior.T, value, zeros, zeros + 1, none, none, none, path)
     nodes = jax.tree.map(lambda x: jnp.zeros((len(index), *x.shape), x.dtype).at[0].set(x), root)
@@ -622,10 +623,11 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.resume or args.run_dir or Path("runs", name)
     folder = args.data_dir or Path("datasets/bsuite", f"{args.env_id}_noise_{args.noise}" if args.noise else args.env_id)
-    if not (args.data_dir or folder.exists()) and args.env_id in BSUITE and Path(__file__).with_name("data").exists():
+    if not args.data_dir and args.env_id in BSUITE and Path(__file__).parent.joinpath("data/record_bsuite.py").exists():
         importlib.import_module("data.record_bsuite").record_if_missing(args.env_id, args.noise)
     if args.eval_only:
         meta = json.loads((run_dir / "args.json").read_text())["dataset"]
+        require(meta["env_id"] == args.env_id, f"{run_dir} is of {meta['env_id']}, not of {args.env_id} (--env-id)")
     else:
         data, held_out, meta = load_dataset(folder, args)
     environments = None
@@ -653,7 +655,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         try:
             state = checkpoints.restore(None, args=ocp.args.StandardRestore(state))
         except Exception as error:  # Orbax raises many kinds
-            raise InputError(f"the checkpoint of {run_dir} is damaged, or of another network: {error!r:.150}") from None
+            raise InputError(f"{run_dir} has no checkpoint of this network, or a damaged one: {error!r:.150}") from None
     step = int(state.step)
     require(step <= args.total_steps, f"{run_dir} has made {step} updates: --total-steps is {args.total_steps}")
     if args.eval_only:
@@ -730,6 +732,6 @@ if __name__ == "__main__":
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
         main(args, stopped_by)
-    except (InputError, ValidationError, FileExistsError, NotADirectoryError) as error:
+    except (InputError, ValidationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

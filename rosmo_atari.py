@@ -99,7 +99,7 @@ class Args:
     log_interval: PositiveInt = 100  # updates between lines of metrics.jsonl
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "rosmo"  # Weights & Biases project
-    cpu_devices: NonNegativeInt = 0  # without an accelerator, devices to split the batch over; 0 for as many as cores
+    cpu_devices: NonNegativeInt = 0  # on CPUs, devices that share the batch; 0: as many as divide it, of at most 8 cores
     distributed: bool = False  # this is one of several processes, on one host or more, that train together
     cpu_size: bool = False  # a size for CPUs: other defaults for the batch, the networks, the updates and the evaluations
 
@@ -472,14 +472,14 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, np.ndarray, dict[str,
     try:
         meta = json.loads((folder / "meta.json").read_text())
         data = Steps(*(np.load(folder / f"{field}.npy", "r" if field == "observation" else None) for field in Steps._fields))
-        env_id, length, num_actions = meta["env_id"], meta["steps"], meta["num_actions"]
+        _, length, num_actions = meta["env_id"], meta["steps"], meta["num_actions"]
     except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
         raise InputError(f"the dataset {folder} is missing or damaged ({error}): name another by --data-dir") from None
     of = f"the dataset {folder}"
-    is_whole = "".join(x.dtype.kind for x in data) == "uifbbb" and {x.shape[:1] for x in data} == {(length,)}
-    require(is_whole, f"{of} is damaged: its arrays do not hold {length} bytes, integers, floats and three times flags")
-    require(data.observation.shape[1:] == (84, 84), f"{of} has observations {data.observation.shape[1:]}, not 84 x 84")
-    require(env_id == args.env_id, f"{of} is of {env_id}, not of {args.env_id} (--env-id)")
+    is_whole = "".join(x.dtype.kind for x in data[1:]) == "ifbbb" and {x.shape[:1] for x in data} == {(length,)}
+    require(is_whole, f"{of} is damaged: its arrays do not hold {length} frames, integers, floats and three times flags")
+    form = data.observation.dtype.name, data.observation.shape[1:], data.observation.flags.c_contiguous
+    require(form == ("uint8", (84, 84), True), f"{of} has observations of {form[:2]}, not uint8 84 x 84 in C order")
     is_whole = np.array_equal(data.is_first, np.roll(data.is_last, 1)) and data.is_last[data.is_terminal].all()
     require(is_whole and data.is_first[0], f"{of} does not mark whole episodes by is_first, is_last and is_terminal")
     require(data.action.min() >= 0 and data.action.max() < num_actions, f"{of} has actions outside 0 to {num_actions - 1}")
@@ -596,7 +596,7 @@ def evaluate(state: TrainState, model: Model, meta: dict[str, Any], run_dir: Pat
             film += [observation[0, -1].copy()] if model.args.capture_video and is_playing[0] else []
             returns += np.where(is_playing, reward, 0)
             is_playing &= ~(terminated | truncated)
-    if model.args.capture_video:
+    if model.args.capture_video and jax.process_index() == 0:
         write_video(run_dir / "videos" / f"{step}.webm", film)
     scores = {f"eval/return_{name}": float(getattr(returns, name)()) for name in ("mean", "std", "min", "max")}
     if reference := meta.get("reference_returns"):
@@ -637,12 +637,13 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.resume or args.run_dir or Path("runs", name)
     folder = args.data_dir or Path("datasets/atari", args.env_id)
-    if not (args.data_dir or folder.exists()) and Path(__file__).with_name("data").exists():
-        importlib.import_module("data.record_atari").record_if_missing(args.env_id)
+    if not (args.data_dir or folder.exists()) and Path(__file__).parent.joinpath("data/record_atari.py").exists():
+        importlib.import_module("data.record_atari").record_if_missing(args.env_id, rom_dir=args.rom_dir)
     if args.eval_only:
         meta = json.loads((run_dir / "args.json").read_text())["dataset"]
     else:
         data, rows, meta = load_dataset(folder, args)
+    require(meta["env_id"] == args.env_id, f"the dataset is of {meta['env_id']}, not of {args.env_id} (--env-id)")
     if args.eval_episodes:
         require(f"{args.env_id}-v5" in envpool.list_all_envs(), f"EnvPool has no game {args.env_id}; one is MsPacman")
         spec = envpool.make_spec(f"{args.env_id}-v5")
@@ -662,7 +663,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         try:
             state = checkpoints.restore(None, args=ocp.args.StandardRestore(state))
         except Exception as error:  # Orbax raises many kinds
-            raise InputError(f"the checkpoint of {run_dir} is damaged, or of another network: {error!r:.150}") from None
+            raise InputError(f"{run_dir} has no checkpoint of this network, or a damaged one: {error!r:.150}") from None
     step = int(state.step)
     require(step <= args.total_steps, f"{run_dir} has made {step} updates: --total-steps is {args.total_steps}")
     if args.eval_only:
@@ -680,8 +681,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), resume="auto", dir=run_dir)
-        if "notice" in meta:
-            print(meta["notice"])
+        print(end=f"{meta['notice']}\n" if "notice" in meta else "")
         print(f"{run_dir}: {len(rows)} steps of data, {jax.device_count()} x {jax.devices()[0].device_kind}")
 
     windows = batches(data, rows, state.key, step, args)
@@ -745,6 +745,6 @@ if __name__ == "__main__":
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
         main(args, stopped_by)
-    except (InputError, ValidationError, FileExistsError, NotADirectoryError) as error:
+    except (InputError, ValidationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

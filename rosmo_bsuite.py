@@ -86,7 +86,7 @@ class Args:
     log_interval: PositiveInt = 1_000  # updates between lines of metrics.jsonl
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "rosmo"  # Weights & Biases project
-    cpu_devices: NonNegativeInt = 0  # without an accelerator, devices to split the batch over; 0 for as many as cores
+    cpu_devices: NonNegativeInt = 0  # on CPUs, devices that share the batch; 0: as many as divide it, of at most 8 cores
     distributed: bool = False  # this is one of several processes, on one host or more, that train together
 
 
@@ -551,10 +551,11 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.resume or args.run_dir or Path("runs", name)
     folder = args.data_dir or Path("datasets/bsuite", f"{args.env_id}_noise_{args.noise}" if args.noise else args.env_id)
-    if not (args.data_dir or folder.exists()) and args.env_id in BSUITE and Path(__file__).with_name("data").exists():
+    if not args.data_dir and args.env_id in BSUITE and Path(__file__).parent.joinpath("data/record_bsuite.py").exists():
         importlib.import_module("data.record_bsuite").record_if_missing(args.env_id, args.noise)
     if args.eval_only:
         meta = json.loads((run_dir / "args.json").read_text())["dataset"]
+        require(meta["env_id"] == args.env_id, f"{run_dir} is of {meta['env_id']}, not of {args.env_id} (--env-id)")
     else:
         data, held_out, meta = load_dataset(folder, args)
     environments = None
@@ -582,7 +583,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         try:
             state = checkpoints.restore(None, args=ocp.args.StandardRestore(state))
         except Exception as error:  # Orbax raises many kinds
-            raise InputError(f"the checkpoint of {run_dir} is damaged, or of another network: {error!r:.150}") from None
+            raise InputError(f"{run_dir} has no checkpoint of this network, or a damaged one: {error!r:.150}") from None
     step = int(state.step)
     require(step <= args.total_steps, f"{run_dir} has made {step} updates: --total-steps is {args.total_steps}")
     if args.eval_only:
@@ -659,6 +660,6 @@ if __name__ == "__main__":
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
         main(args, stopped_by)
-    except (InputError, ValidationError, FileExistsError, NotADirectoryError) as error:
+    except (InputError, ValidationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

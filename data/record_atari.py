@@ -228,6 +228,7 @@ def record(args: Args) -> Path:
     check_disk(out, 1.02 * args.steps * STEP_BYTES, "name fewer --steps or another --out")
     random = np.random.default_rng([args.seed, 1])  # not the environments' stream
     scripted = ScriptedPolicy(args.env_id, args.num_envs, args.seed) if args.policy == "scripted" else None
+    notice = {"notice": f"These data were recorded with the ROMs in {args.rom_dir}."} if args.rom_dir else {}
     # Frames, actions and rewards of the running episodes.
     running: list[tuple[list, list, list]] = [([], [], []) for _ in range(args.num_envs)]
     returns: list[float] = []  # the game's, of whole episodes
@@ -236,6 +237,7 @@ def record(args: Args) -> Path:
             out, benchmark="atari", env_id=args.env_id, num_actions=num_actions(args.env_id), seed=args.seed,
             source=f"{PLAYERS[args.policy]}, seed {args.seed}, recorded by data/record_atari.py", num_envs=args.num_envs,
             sticky_actions=0.25, rewards_clipped=True, policy=args.policy, reference_returns=reference_returns(args.env_id),
+            **notice,
         ) as writer,
         tqdm(total=args.steps, unit="step", desc=f"recording {out}", mininterval=1) as progress,
     ):  # fmt: skip
@@ -267,7 +269,7 @@ def record(args: Args) -> Path:
     return out
 
 
-def record_if_missing(env_id: str) -> Path:
+def record_if_missing(env_id: str, rom_dir: Path | None = None) -> Path:
     """The default dataset's folder; what is not there yet is announced and recorded."""
     folder = default_folder(env_id)
     if not folder.exists():
@@ -277,7 +279,7 @@ def record_if_missing(env_id: str) -> Path:
             num_actions(env_id)  # a wrong name is an error before anything is announced
             print(f"There is no dataset {folder}: recording {DEFAULT_STEPS:,} steps of {PLAYERS[policy]}. This is not")
             print("RL Unplugged's data and gives no score to compare; data/README.md says how to get the real ones.")
-            record(Args(env_id, policy, DEFAULT_STEPS))
+            record(Args(env_id, policy, DEFAULT_STEPS, rom_dir=rom_dir))
 
         record_default(folder, program)
     return folder

@@ -428,7 +428,7 @@ def relative_to_the_largest(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize(
     ("num_simulations", "search_depth", "num_actions", "dirichlet_fraction"),
-    [(20, 20, 2, 0.4), (20, 2, 4, 0.25), (50, 50, 18, 0.0)],
+    [(20, 20, 2, 0.4), (20, 2, 4, 0.25), (50, 50, 18, 0.0), (4, 4, 3000, 0.0)],
 )
 def test_search_is_mctxs(num_simulations, search_depth, num_actions, dirichlet_fraction):
     """As many visits of every action of every root, the same actions, and the roots' values."""

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ DAMAGED = [  # files
     *((lambda folder, f=f: os.truncate(folder / f"{f}.npy", 100), "missing or") for f in rosmo_bsuite.Steps._fields),
     (change("action", 0, 0, np.float32), "integers"),
     (change("is_last", 0, 0, np.uint8), "flags"),
-    (lambda folder: np.save(folder / "observation.npy", np.zeros((19, 84, 84), np.int32)), "floats|bytes"),
+    (lambda folder: np.save(folder / "observation.npy", np.zeros((19, 84, 84), np.int32)), "floats|uint8"),
     (lambda folder: np.save(folder / "action.npy", np.zeros(18, np.int32)), "do not hold 19"),
 ]
 
@@ -111,8 +112,9 @@ def test_damaged_files_are_named(tmp_path, damage):
         (rosmo_bsuite, edit_meta(), {"env_id": "cartpole", "noise": 0.1}, r"of \('catch', 0.1\), not of \('cartpole', 0.1"),
         (rosmo_bsuite, edit_meta(), {"noise": 0.2}, r"of \('catch', 0.1\), not of \('catch', 0.2\) \(--env-id, --noise"),
         (rosmo_bsuite, edit_meta(), {"unroll_steps": 6, "noise": 0.1}, "no episode of K"),
-        (rosmo_atari, lambda x: np.save(x / "observation.npy", np.zeros((19, 84, 84, 4), np.uint8)), {}, "not 84 x 84"),
-        (rosmo_atari, edit_meta(env_id="Pong"), {}, "is of Pong, not of Breakout"),
+        (rosmo_atari, lambda x: np.save(x / "observation.npy", np.zeros((19, 84, 84, 4), np.uint8)), {}, "not uint8 84 x"),
+        (rosmo_atari, lambda x: np.save(x / "observation.npy", np.zeros((19, 84, 84), np.uint16)), {}, "not uint8 84 x"),
+        (rosmo_atari, lambda x: np.save(x / "observation.npy", np.zeros((84, 84, 19), np.uint8).T), {}, "in C order"),
         (rosmo_atari, edit_meta(), {"unroll_steps": 6}, "no episode of K"),
     ],
 )
@@ -174,23 +176,24 @@ def test_the_default_dataset(tmp_path, monkeypatch, catch_dataset):
 
     def record_if_missing(env_id, noise):
         recorded.append((env_id, noise))
-        shutil.copytree(catch_dataset, tmp_path / "datasets/bsuite/catch_noise_0.1")
-        edit_meta(noise=0.1)(tmp_path / "datasets/bsuite/catch_noise_0.1")
+        if not (folder := tmp_path / "datasets/bsuite/catch_noise_0.1").exists():
+            shutil.copytree(catch_dataset, folder)
+            edit_meta(noise=0.1)(folder)
 
     recorder = types.SimpleNamespace(record_if_missing=record_if_missing)
     monkeypatch.setitem(sys.modules, "data.record_bsuite", recorder)
     rosmo_bsuite.main(rosmo_bsuite.Args(**small, noise=0.1))
     with pytest.raises(FileExistsError, match="runs/catch__rosmo_bsuite__0__20260101-000000"):
         rosmo_bsuite.main(rosmo_bsuite.Args(**small, noise=0.1))
-    assert recorded == [("catch", 0.1)]
+    assert recorded == 2 * [("catch", 0.1)]
     for settings in ({"data_dir": "nowhere"}, {"env_id": "plant"}):
         with pytest.raises(rosmo_bsuite.InputError, match="is missing or damaged"):
             rosmo_bsuite.main(rosmo_bsuite.Args(**small | settings))
-    atari = types.SimpleNamespace(record_if_missing=lambda env_id: recorded.append(env_id))
+    atari = types.SimpleNamespace(record_if_missing=lambda *args, **kwargs: recorded.append((args, kwargs)))
     monkeypatch.setitem(sys.modules, "data.record_atari", atari)
     with pytest.raises(rosmo_atari.InputError, match="datasets/atari/Pong is missing or damaged"):
-        run(rosmo_atari, ["--env-id", "Pong"])
-    assert recorded == [("catch", 0.1), "Pong"]
+        run(rosmo_atari, ["--env-id", "Pong", "--rom-dir", "roms"])
+    assert recorded[2:] == [(("Pong",), {"rom_dir": Path("roms")})]
 
 
 # ------------------------------------------------------------------------------------------------------------- Windows

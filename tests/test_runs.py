@@ -257,6 +257,7 @@ def test_a_batch_is_split_over_the_cores(cores, flags, devices, monkeypatch):
         (rosmo_bsuite, ["--resume", "nowhere"], "nowhere is not the folder of a run"),
         (rosmo_bsuite, ["--resume", "x", "--run-dir", "y"], "name no --run-dir beside it"),
         (rosmo_bsuite, ["--distributed"], "--distributed needs --run-dir"),
+        (rosmo_atari, ["--env-id", "Pong"], "is of Breakout, not of Pong"),
         (rosmo_atari, ["--rom-dir", "nowhere"], "nowhere has no atari/roms/breakout.bin"),
         (muzero_unplugged_bsuite, ["--search-depth", 5], "--search-depth is at most --num-simulations"),
         (muzero_unplugged_bsuite, ["--tau", 0.5], "--tau has no part in --policy-target visit_counts"),
@@ -307,9 +308,11 @@ def test_resuming_what_cannot_be_resumed(bsuite_run, tmp_path, monkeypatch):
     copy = shutil.copytree(bsuite_run, tmp_path / "copy")
     before = (copy / "args.json").read_text(), metrics(copy)
     for more in ([], ["--eval-only"]):
-        with pytest.raises(rosmo_bsuite.InputError, match=r"of .*/copy is damaged, or of another network: .*shape"):
+        with pytest.raises(rosmo_bsuite.InputError, match=r"/copy has no checkpoint of this network, or a damaged .*shape"):
             run(rosmo_bsuite, ["--resume", copy, "--dynamics-width", 16, *more])
         assert ((copy / "args.json").read_text(), metrics(copy)) == before
+    with pytest.raises(rosmo_bsuite.InputError, match="/copy is of catch, not of cartpole"):
+        run(rosmo_bsuite, ["--resume", copy, "--eval-only", "--env-id", "cartpole"])
     run(rosmo_bsuite, ["--resume", copy])  # it has made all updates: nothing is left to do
     assert metrics(copy) == before[1] and checkpoint_steps(copy) == [400, 437]
 
@@ -343,5 +346,5 @@ def test_a_damaged_checkpoint_is_one_sentence(bsuite_run, tmp_path):
     process = program(rosmo_bsuite, "--resume", copy, "--total-steps", 447)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 2 and out == ""
-    assert err.startswith(f"error: the checkpoint of {copy} is damaged, or of another network: ")
+    assert err.startswith(f"error: {copy} has no checkpoint of this network, or a damaged one: ")
     assert "Traceback" not in err and len(err) < 600
