@@ -548,8 +548,8 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, np.ndarray, dict[str,
     except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
         raise InputError(f"the dataset {folder} is missing or damaged ({error}): name another by --data-dir") from None
     of = f"the dataset {folder}"
-    is_whole = "".join(x.dtype.kind for x in data[1:]) == "ifbbb" and {x.shape[:1] for x in data} == {(length,)}
-    require(is_whole, f"{of} is damaged: its arrays do not hold {length} frames, integers, floats and three times flags")
+    is_whole = "".join(x.dtype.kind for x in data) == "uifbbb" and {x.shape[:1] for x in data} == {(length,)}
+    require(is_whole, f"{of} is damaged: its arrays do not hold {length} bytes, integers, floats and three times flags")
     form = data.observation.dtype.name, data.observation.shape[1:], data.observation.flags.c_contiguous
     require(form == ("uint8", (84, 84), True), f"{of} has observations of {form[:2]}, not uint8 84 x 84 in C order")
     is_whole = np.array_equal(data.is_first, np.roll(data.is_last, 1)) and data.is_last[data.is_terminal].all()

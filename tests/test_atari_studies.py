@@ -44,7 +44,7 @@ def test_the_table(monkeypatch, tmp_path, capsys):
         ]
 
     folder = tmp_path / "data"
-    meta = {"game_return": {"mean": -3.25}, "reference_returns": {"random": -20.7, "online_dqn": 10.5}}
+    meta = {"policy": "scripted", "game_return": {"mean": -3.25}, "reference_returns": {"random": -20.7, "online_dqn": 10.5}}
     with write_dataset(folder, benchmark="atari", env_id="Pong", num_actions=6, **meta) as writer:
         writer.add_episode(np.zeros((3, 84, 84), np.uint8), np.zeros(2, int), np.zeros(2), terminal=True)
     monkeypatch.setattr(studies, "make", make)

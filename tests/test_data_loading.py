@@ -67,7 +67,7 @@ DAMAGED = [  # files
     *((lambda folder, f=f: os.truncate(folder / f"{f}.npy", 100), "missing or") for f in rosmo_bsuite.Steps._fields),
     (change("action", 0, 0, np.float32), "integers"),
     (change("is_last", 0, 0, np.uint8), "flags"),
-    (lambda folder: np.save(folder / "observation.npy", np.zeros((19, 84, 84), np.int32)), "floats|uint8"),
+    (lambda folder: np.save(folder / "observation.npy", np.zeros((19, 84, 84), np.int32)), "floats|bytes"),
     (lambda folder: np.save(folder / "action.npy", np.zeros(18, np.int32)), "do not hold 19"),
 ]
 

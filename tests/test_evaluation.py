@@ -13,6 +13,7 @@ import pytest
 import rosmo_atari
 import rosmo_bsuite
 from data import record_atari
+from data.dataset import InputError
 
 pytestmark = pytest.mark.timeout(60)  # a mistake in counting ends in an endless loop
 
@@ -148,13 +149,18 @@ def test_bsuite_tasks_are_bsuites():
     assert np.array_equal(play([1, 2, 3])[:2], games[:2])
 
 
-def test_settings_of_atari(monkeypatch):
+def test_settings_of_atari(monkeypatch, tmp_path):
     """The recorder's too: game scores that are not clipped, and half an hour of play at most; seeds as they are given."""
     asked = []
     monkeypatch.setattr(envpool, "make", lambda *name, **settings: asked.append((*name, settings)))
     rosmo_atari.make_environments("MsPacman", [3, 2**30 + 1, 2**31 + 5])
     record_atari.make_environments("MsPacman", 3, seed=0)
     rosmo_atari.make_environments("MsPacman", [3], Path("roms"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="there is no roms/atari/roms/ms_pacman"):
+        record_atari.make_environments("MsPacman", 3, seed=0, rom_dir=Path("roms"))
+    Path("roms/atari/roms").mkdir(parents=True)
+    Path("roms/atari/roms/ms_pacman.bin").touch()
     record_atari.make_environments("MsPacman", 3, seed=0, rom_dir=Path("roms"))
     expected = {
         "env_type": "gymnasium", "num_envs": 3, "stack_num": 4, "noop_max": 1, "repeat_action_probability": 0.25,
