@@ -11,7 +11,6 @@ Liu, Li, Lee, Yan, Xu: "Efficient Offline Policy Optimization with a Learned Mod
 
     python rosmo_atari.py --env-id Breakout   # the paper's settings, for GPUs; --cpu-size suits a CPU
 
---resume RUN_DIR goes on with a stopped run; with --eval-only it scores the run's last checkpoint.
 In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), N the steps of the dataset,
 S the shape of a latent state, A the number of actions; h, g and f are representation, dynamics and prediction.
 """
@@ -45,8 +44,6 @@ from jax.sharding import NamedSharding
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
-
-# ----------------------------------------------------------------------------------------------------------------- Args
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -101,7 +98,7 @@ class Args:
     wandb_project: str = "rosmo"  # Weights & Biases project
     cpu_devices: NonNegativeInt = 0  # on CPUs, devices that share the batch; 0: as many as divide it, of at most 8 cores
     distributed: bool = False  # this is one of several processes, on one host or more, that train together
-    cpu_size: bool = False  # a size for CPUs: other defaults for the batch, the networks, the updates and the evaluations
+    cpu_size: bool = False  # a size for CPUs: other defaults of networks, batch, K, n, learning rate and evaluation
 
 
 CPU_SIZE: dict[str, Any] = {
@@ -111,7 +108,7 @@ CPU_SIZE: dict[str, Any] = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------- Networks
+# ---------------------------------------------------------------------------------------- Networks and value transforms
 
 
 class Prediction(NamedTuple):
@@ -212,16 +209,13 @@ class Model(nn.Module):
         return Prediction(self.policy(state), reward, self.value(state))
 
 
-# ----------------------------------------------------------------------------------------------------- Value transforms
-
-
 def value_transform(x: jax.Array) -> jax.Array:
     """phi(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x (Pohlen et al. 2018, arXiv 1805.11593)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
 
 
 def inverse_value_transform(x: jax.Array) -> jax.Array:
-    """phi^-1, exactly; written as (sqrt(1 + u) - 1) = u / (sqrt(1 + u) + 1), which loses no digits to cancellation."""
+    """phi^-1. The inner sqrt(1 + u) - 1 is written as u / (sqrt(1 + u) + 1), which loses no digits to cancellation."""
     y = jnp.abs(x) + 1 + 0.001
     return jnp.sign(x) * (jnp.square(2 * y / (jnp.sqrt(1 + 4 * 0.001 * y) + 1)) - 1)
 
@@ -387,7 +381,7 @@ class TrainState(NamedTuple):
     params: Any
     target_params: Any
     optimizer_state: Any
-    key: jax.Array  # stays as it is: update t draws from fold_in(part, t) of its three parts: windows, actions, labels
+    key: jax.Array  # stays as it is: of its parts for windows, actions and labels, fold_in(part, update) is used
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -473,10 +467,13 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, np.ndarray, dict[str,
         meta = json.loads((folder / "meta.json").read_text())
         data = Steps(*(np.load(folder / f"{field}.npy", "r" if field == "observation" else None) for field in Steps._fields))
         _, length, num_actions = meta["env_id"], meta["steps"], meta["num_actions"]
+        reference = meta.get("reference_returns") or {"random": 0, "online_dqn": 1}
+        require(reference["random"] != reference["online_dqn"], f"the dataset {folder} has equal reference_returns")
     except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
         raise InputError(f"the dataset {folder} is missing or damaged ({error}): name another by --data-dir") from None
     of = f"the dataset {folder}"
-    is_whole = "".join(x.dtype.kind for x in data) == "uifbbb" and {x.shape[:1] for x in data} == {(length,)}
+    shapes = {data.observation.shape[:1], *(x.shape for x in data[1:])}
+    is_whole = "".join(x.dtype.kind for x in data) == "uifbbb" and shapes == {(length,)}
     require(is_whole, f"{of} is damaged: its arrays do not hold {length} bytes, integers, floats and three times flags")
     form = data.observation.dtype.name, data.observation.shape[1:], data.observation.flags.c_contiguous
     require(form == ("uint8", (84, 84), True), f"{of} has observations of {form[:2]}, not uint8 84 x 84 in C order")
@@ -490,7 +487,7 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, np.ndarray, dict[str,
     edges = np.linspace(0, episode[-1] + 1, max(1, round(args.data_fraction * (episode[-1] + 1))) + 1).astype(int)
     kept = np.isin(episode, np.random.default_rng(args.seed).integers(edges[:-1], edges[1:]))
     has_window = np.bincount(episode[kept]).max() > args.unroll_steps + args.bootstrap_steps
-    require(has_window, f"{of} has no episode of K + n + 1 steps, a window")
+    require(has_window, f"no episode taken of {of} has K + n + 1 steps")
     return data, kept.nonzero()[0].astype(np.int32), meta
 
 
@@ -527,9 +524,9 @@ def batches(data: Steps, rows: np.ndarray, key: Any, step: int, args: Args) -> I
 
     if args.data_place == "device" or (args.data_place == "auto" and bytes_needed < room * count):
         where = split if bytes_needed > room > 0 else key.sharding  # too much for one device: each has a share of the rows
-        padded = np.append(rows, np.zeros(-len(rows) % count, np.int32))
-        pieces = [place(piece, where) for piece in np.split(padded, range(10_000 * count, len(padded), 10_000 * count))]
-        steps = jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
+        shares = np.append(rows, np.zeros(-len(rows) % count, np.int32)).reshape(count, -1)
+        join = jax.jit(lambda *x: jnp.concatenate(x, 1).reshape(shares.size, *x[0].shape[2:]), out_shardings=where)
+        steps = jax.tree.map(join, *(place(x, where) for x in np.array_split(shares, min(100, shares.shape[1]), axis=1)))
         gather = jax.jit(lambda steps, t: jax.tree.map(lambda x: x[index(t)], steps), out_shardings=split)
         yield from (gather(steps, np.int32(t)) for t in itertools.count(step))
     with ThreadPoolExecutor(args.data_readers) as pool:  # each reads a batch ahead of its use
@@ -578,8 +575,7 @@ def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> ja
 
 
 def evaluate(state: TrainState, model: Model, meta: dict[str, Any], run_dir: Path) -> dict[str, float]:
-    """Plays eval_episodes episodes side by side and returns the "eval/..." metrics. meta: the dataset's; with its reference
-    returns, the normalised score is (return - random play) / (online DQN - random play)."""
+    """Plays eval_episodes episodes side by side and returns the "eval/..." metrics. meta: the dataset's."""
     number, step = model.args.eval_episodes, int(state.step)
     act_seed, *seeds = np.random.SeedSequence([model.args.seed, step]).generate_state(1 + number).tolist()
     environments = make_environments(model.args.env_id, seeds, model.args.rom_dir)
@@ -620,8 +616,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         require((args.seed, args.cpu_size) == (saved.seed, saved.cpu_size), "--seed and --cpu-size stay as they were")
     elif args.run_dir and (args.run_dir / "args.json").exists():  # the same command goes on, in a job that is queued again
         saved = Args(**json.loads((args.run_dir / "args.json").read_text())["args"])
-        data_dir = args.data_dir.absolute() if args.data_dir else saved.data_dir
-        same = vars(args) | {"data_dir": data_dir, "resume": saved.resume, "run_dir": saved.run_dir} == vars(saved)
+        args = Args(**vars(args) | {"data_dir": args.data_dir.absolute() if args.data_dir else saved.data_dir})
+        same = vars(args) | {"resume": saved.resume, "run_dir": saved.run_dir} == vars(saved)
         require(same, f"{args.run_dir} has a run with other settings: name another --run-dir, or go on with --resume")
     require(not args.eval_only or (args.resume and args.eval_episodes), "--eval-only needs --resume and --eval-episodes")
     require(not args.distributed or args.resume or args.run_dir, "--distributed needs --run-dir: all train in one folder")
@@ -633,7 +629,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     """Trains until the end or until stopped_by holds a signal; or, with --eval-only, scores the last checkpoint."""
     jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))  # P("batch") is a share for each device, P() is the whole
     require(":/" not in f"{args.resume} {args.run_dir}", "the folder of a run is on a disk of this machine, not a URL")
-    require(args.batch_size % jax.device_count() == 0, f"--batch-size cannot be shared by {jax.device_count()} devices")
+    require(args.eval_only or args.batch_size % jax.device_count() == 0, "the number of devices must divide --batch-size")
     name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.resume or args.run_dir or Path("runs", name)
     folder = args.data_dir or Path("datasets/atari", args.env_id)
@@ -651,7 +647,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         require(not args.rom_dir or (args.rom_dir / rom).exists(), f"{args.rom_dir} has no {rom}")
         require(found == meta["num_actions"], f"{args.env_id} has {found} actions, the dataset {meta['num_actions']}")
     model = Model(meta["num_actions"], args)
-    state = jax.device_put(jax.device_get(init_state((84, 84, 4), model)), P())  # on every device
+    state = jax.device_put(jax.device_get(init_state((84, 84, 4), model)), P())  # everywhere
 
     if first := jax.process_index() == 0:  # of several processes the first writes and talks
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
@@ -739,9 +735,9 @@ if __name__ == "__main__":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         shares = [n for n in range(1, min(cores, 8) + 1) if args.batch_size % n == 0]
         jax.config.update("jax_num_cpu_devices", args.cpu_devices or shares[-1])
-        if args.distributed:
+        if args.distributed and not args.eval_only:
             jax.distributed.initialize()  # JAX finds the other processes on clusters that it knows, as Slurm
-        else:
+        elif not args.eval_only:
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
         main(args, stopped_by)

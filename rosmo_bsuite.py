@@ -11,7 +11,6 @@ Liu, Li, Lee, Yan, Xu: "Efficient Offline Policy Optimization with a Learned Mod
 
     python rosmo_bsuite.py --env-id catch     # the paper's settings; --total-steps 20000 is about a minute
 
---resume RUN_DIR goes on with a stopped run; with --eval-only it scores the run's last checkpoint.
 In the comments B is the batch, T = K + n + 1 the window (K unroll steps, n bootstrap steps), N the steps of the dataset,
 F, S and A the sizes of observation, latent state and actions; h, g and f are representation, dynamics and prediction.
 """
@@ -40,8 +39,6 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------------- Args
-
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -58,7 +55,7 @@ class Args:
     unroll_steps: PositiveInt = 3  # K, the steps that the model is unrolled
     bootstrap_steps: PositiveInt = 3  # n, the steps of the n-step return
     discount: Fraction = 0.997**4  # gamma
-    num_bins: Annotated[int, Field(ge=3)] = 20  # bins of the reward and value distributions
+    num_bins: Annotated[int, Field(ge=3)] = 20  # bins of the reward and value distributions; 20 hold returns from -97 to 97
     dynamics_width: PositiveInt = 32  # hidden units of the dynamics network
     dynamics_gradient_scale: NonNegativeFloat = 0.5  # factor on the gradient into each next state
     value_coef: NonNegativeFloat = 0.25  # weight of the value loss
@@ -90,7 +87,7 @@ class Args:
     distributed: bool = False  # this is one of several processes, on one host or more, that train together
 
 
-# ------------------------------------------------------------------------------------------------------------- Networks
+# ---------------------------------------------------------------------------------------- Networks and value transforms
 
 
 class Prediction(NamedTuple):
@@ -143,16 +140,13 @@ class Model(nn.Module):
         return Prediction(*jnp.split(logits, (self.num_actions, self.num_actions + self.args.num_bins), axis=-1))
 
 
-# ----------------------------------------------------------------------------------------------------- Value transforms
-
-
 def value_transform(x: jax.Array) -> jax.Array:
     """phi(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x (Pohlen et al. 2018, arXiv 1805.11593)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
 
 
 def inverse_value_transform(x: jax.Array) -> jax.Array:
-    """phi^-1, exactly; written as (sqrt(1 + u) - 1) = u / (sqrt(1 + u) + 1), which loses no digits to cancellation."""
+    """phi^-1. The inner sqrt(1 + u) - 1 is written as u / (sqrt(1 + u) + 1), which loses no digits to cancellation."""
     y = jnp.abs(x) + 1 + 0.001
     return jnp.sign(x) * (jnp.square(2 * y / (jnp.sqrt(1 + 4 * 0.001 * y) + 1)) - 1)
 
@@ -316,7 +310,7 @@ class TrainState(NamedTuple):
     params: Any
     target_params: Any
     optimizer_state: Any
-    key: jax.Array  # stays as it is: update t draws from fold_in(part, t) of its three parts: windows, actions, labels
+    key: jax.Array  # stays as it is: of its parts for windows, actions and labels, fold_in(part, update) is used
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -373,7 +367,7 @@ def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
     size = jax.device_count() * min(1024 if jax.default_backend() == "cpu" else 2**14, 2**24 // model.num_actions**2 + 1)
     windows_key, _, labels_key = jax.random.split(state.key, 3)
     updates = state.step - state.step % interval + jnp.arange(interval)
-    windows = jax.vmap(lambda t: sample_windows(jax.random.fold_in(windows_key, t), length, model.args))(updates)
+    windows = jax.lax.map(lambda t: sample_windows(jax.random.fold_in(windows_key, t), length, model.args), updates)
     is_read = jnp.zeros(length, bool).at[windows].set(True)
     chunks = jnp.nonzero(is_read, size=-(-length // size) * size, fill_value=length)[0].reshape(-1, size)
 
@@ -426,10 +420,13 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, Steps, dict[str, Any]
         meta = json.loads((folder / "meta.json").read_text())
         data = Steps(*(np.load(folder / f"{field}.npy") for field in Steps._fields))
         found, length, num_actions = (meta["env_id"], meta.get("noise", 0.0)), meta["steps"], meta["num_actions"]
+        reference = meta.get("reference_returns") or {"random": 0, "online_dqn": 1}
+        require(reference["random"] != reference["online_dqn"], f"the dataset {folder} has equal reference_returns")
     except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
         raise InputError(f"the dataset {folder} is missing or damaged ({error}): name another by --data-dir") from None
     of = f"the dataset {folder}"
-    is_whole = "".join(x.dtype.kind for x in data) == "fifbbb" and {x.shape[:1] for x in data} == {(length,)}
+    shapes = {data.observation.shape[:1], *(x.shape for x in data[1:])}
+    is_whole = "".join(x.dtype.kind for x in data) == "fifbbb" and shapes == {(length,)}
     require(is_whole, f"{of} is damaged: its arrays do not hold {length} floats, integers, floats and three times flags")
     require(found == (args.env_id, args.noise), f"{of} is of {found}, not of {args.env_id, args.noise} (--env-id, --noise)")
     is_whole = np.array_equal(data.is_first, np.roll(data.is_last, 1)) and data.is_last[data.is_terminal].all()
@@ -437,6 +434,11 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, Steps, dict[str, Any]
     require(data.action.min() >= 0 and data.action.max() < num_actions, f"{of} has actions outside 0 to {num_actions - 1}")
     require(not data.reward[data.is_last].any(), f"{of} has a reward at an episode's last step, which has no action")
     require(np.isfinite(data.reward).all() and np.isfinite(data.observation).all(), f"{of} has numbers that are not finite")
+    returns = [0.0]  # discounted, from the last step on
+    for reward, is_last in zip(data.reward[::-1].tolist(), data.is_last[::-1].tolist(), strict=True):
+        returns.append(reward + (0 if is_last else args.discount * returns[-1]))
+    bins = 2 * int(np.ceil(value_transform(np.abs(returns).max()))) + 1
+    require(args.num_bins >= bins, f"{of} has discounted returns that need --num-bins {bins} or more")
     episode, random = np.cumsum(data.is_first) - 1, np.random.default_rng(args.seed)  # [N], of the step
 
     def draw(episodes: np.ndarray, fraction: float) -> np.ndarray:  # one of each of equal stretches of them
@@ -447,7 +449,7 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, Steps, dict[str, Any]
     held_out = np.isin(episode, draw(drawn, args.eval_fraction) if args.eval_fraction else [])
     kept = np.isin(episode, drawn) & ~held_out
     longest = [np.bincount(episode[part], minlength=1).max() for part in ([kept, held_out] if held_out.any() else [kept])]
-    require(min(longest) > args.unroll_steps + args.bootstrap_steps, f"{of} has no episode of K + n + 1 steps, a window")
+    require(min(longest) > args.unroll_steps + args.bootstrap_steps, f"no episode taken of {of} has K + n + 1 steps")
     meta["observation_shape"] = data.observation.shape[1:]
     data = data._replace(observation=data.observation.reshape(length, -1))
     return jax.tree.map(lambda x: x[kept], data), jax.tree.map(lambda x: x[held_out], data), meta
@@ -495,8 +497,7 @@ def act(params: Any, key: jax.Array, observation: jax.Array, model: Model) -> ja
 
 
 def evaluate(state: TrainState, environments: Any, model: Model, meta: dict[str, Any]) -> dict[str, float]:
-    """Plays one episode in each of the environments and returns the "eval/..." metrics. meta: the dataset's; with its
-    reference returns, the normalised score is (return - random play) / (online DQN - random play)."""
+    """Plays one episode in each of the environments and returns the "eval/..." metrics. meta: the dataset's."""
     number, seed = environments.num_envs, [model.args.seed, int(state.step)]
     act_seed, *seeds = np.random.SeedSequence(seed).generate_state(1 + number).tolist()
     params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
@@ -534,8 +535,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         require(args.seed == saved.seed, "--seed cannot be changed: the random key is in the checkpoint")
     elif args.run_dir and (args.run_dir / "args.json").exists():  # the same command goes on, in a job that is queued again
         saved = Args(**json.loads((args.run_dir / "args.json").read_text())["args"])
-        data_dir = args.data_dir.absolute() if args.data_dir else saved.data_dir
-        same = vars(args) | {"data_dir": data_dir, "resume": saved.resume, "run_dir": saved.run_dir} == vars(saved)
+        args = Args(**vars(args) | {"data_dir": args.data_dir.absolute() if args.data_dir else saved.data_dir})
+        same = vars(args) | {"resume": saved.resume, "run_dir": saved.run_dir} == vars(saved)
         require(same, f"{args.run_dir} has a run with other settings: name another --run-dir, or go on with --resume")
     require(not args.eval_only or (args.resume and args.eval_episodes), "--eval-only needs --resume and --eval-episodes")
     require(not args.distributed or args.resume or args.run_dir, "--distributed needs --run-dir: all train in one folder")
@@ -547,7 +548,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     """Trains until the end or until stopped_by holds a signal; or, with --eval-only, scores the last checkpoint."""
     jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))  # P("batch") is a share for each device, P() is the whole
     require(":/" not in f"{args.resume} {args.run_dir}", "the folder of a run is on a disk of this machine, not a URL")
-    require(args.batch_size % jax.device_count() == 0, f"--batch-size cannot be shared by {jax.device_count()} devices")
+    require(args.eval_only or args.batch_size % jax.device_count() == 0, "the number of devices must divide --batch-size")
     name = f"{args.env_id.replace('/', '_')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.resume or args.run_dir or Path("runs", name)
     folder = args.data_dir or Path("datasets/bsuite", f"{args.env_id}_noise_{args.noise}" if args.noise else args.env_id)
@@ -561,8 +562,8 @@ def main(args: Args, stopped_by: Any = ()) -> None:
     environments = None
     if args.eval_episodes:
         sys.path.append(os.getcwd())  # for --env-id my_module:Name-v0
-        spec = gymnasium.envs.registration.EnvSpec.from_json(meta["env_spec"]) if "env_spec" in meta else args.env_id
         try:
+            spec = gymnasium.envs.registration.EnvSpec.from_json(meta["env_spec"]) if "env_spec" in meta else args.env_id
             environments = gymnasium.make_vec(spec, args.eval_episodes, "sync")
         except Exception as error:  # the environment's own
             raise InputError(f"{args.env_id} cannot be made: {error!r}") from error
@@ -570,8 +571,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         wanted = f"{gymnasium.spaces.Discrete(meta['num_actions'])} and {tuple(meta['observation_shape'])}"
         require(found == wanted, f"{args.env_id} has actions and observations {found}, the dataset {wanted}")
     model = Model(meta["num_actions"], args)
-    observation_size = int(np.prod(meta["observation_shape"]))
-    state = jax.device_put(jax.device_get(init_state((observation_size,), model)), P())  # on every device
+    state = jax.device_put(jax.device_get(init_state((int(np.prod(meta["observation_shape"])),), model)), P())  # everywhere
 
     if first := jax.process_index() == 0:  # of several processes the first writes and talks
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
@@ -654,9 +654,9 @@ if __name__ == "__main__":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         shares = [n for n in range(1, min(cores, 8) + 1) if args.batch_size % n == 0]
         jax.config.update("jax_num_cpu_devices", args.cpu_devices or shares[-1])
-        if args.distributed:
+        if args.distributed and not args.eval_only:
             jax.distributed.initialize()  # JAX finds the other processes on clusters that it knows, as Slurm
-        else:
+        elif not args.eval_only:
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
         main(args, stopped_by)

@@ -707,6 +707,17 @@ def test_labels_of_a_dataset(monkeypatch):
         assert same(labels, expected)
 
 
+def test_labels_with_another_random_generator():
+    """What updates draw one by one has labels, with JAX's generator "rbg" too, which draws many at once in another way."""
+    model, data = small_model(rosmo, batch_size=64, target_update_interval=4), dataset(rosmo, [9000])
+    with jax.default_prng_impl("rbg"):
+        state = rosmo.init_state(data.observation.shape[1:], model)
+        windows_key, policy = jax.random.split(state.key, 3)[0], rosmo.label_dataset(state, data, model).policy
+        for t in range(4):
+            windows = rosmo.sample_windows(jax.random.fold_in(windows_key, t), 9000, model.args)
+            assert np.allclose(policy[windows].sum(-1), 1)
+
+
 def test_labels_are_made_anew_for_every_interval(catch_dataset, tmp_path, monkeypatch):
     """No call of the compiled loop goes over the end of an interval, also after a resume; logged are means over updates."""
     calls: list[tuple[int, int, int]] = []

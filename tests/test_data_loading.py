@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -69,6 +70,7 @@ DAMAGED = [  # files
     (change("is_last", 0, 0, np.uint8), "flags"),
     (lambda folder: np.save(folder / "observation.npy", np.zeros((19, 84, 84), np.int32)), "floats|bytes"),
     (lambda folder: np.save(folder / "action.npy", np.zeros(18, np.int32)), "do not hold 19"),
+    (lambda folder: np.save(folder / "action.npy", np.zeros((19, 1), np.int32)), "do not hold 19"),
 ]
 
 
@@ -85,6 +87,8 @@ DAMAGED = [  # files
         (change("action", 0, -1), "actions outside 0 to 2"),
         (change("reward", 4, 1), "a reward at an episode's last step"),
         (change("reward", 0, np.nan), "not finite"),
+        (edit_meta(reference_returns={"random": 1, "online_dqn": 1}), "has equal reference_returns"),
+        (edit_meta(reference_returns={"random": 1}), "missing or damaged .*online_dqn"),
     ],
 )
 def test_damage_is_named(script, tmp_path, damage, sentence):
@@ -111,11 +115,13 @@ def test_damaged_files_are_named(tmp_path, damage):
         (rosmo_bsuite, change("observation", (0, 0, 0), np.inf), {}, "numbers that are not finite"),
         (rosmo_bsuite, edit_meta(), {"env_id": "cartpole", "noise": 0.1}, r"of \('catch', 0.1\), not of \('cartpole', 0.1"),
         (rosmo_bsuite, edit_meta(), {"noise": 0.2}, r"of \('catch', 0.1\), not of \('catch', 0.2\) \(--env-id, --noise"),
-        (rosmo_bsuite, edit_meta(), {"unroll_steps": 6, "noise": 0.1}, "no episode of K"),
+        (rosmo_bsuite, edit_meta(), {"unroll_steps": 6, "noise": 0.1}, "no episode taken of .* K"),
+        (rosmo_bsuite, change("reward", 0, -200), {}, "discounted returns that need --num-bins 29 or more"),
+        (rosmo_bsuite, edit_meta(), {"num_bins": 5, "discount": 1}, "need --num-bins 7 or more"),
         (rosmo_atari, lambda x: np.save(x / "observation.npy", np.zeros((19, 84, 84, 4), np.uint8)), {}, "not uint8 84 x"),
         (rosmo_atari, lambda x: np.save(x / "observation.npy", np.zeros((19, 84, 84), np.uint16)), {}, "not uint8 84 x"),
         (rosmo_atari, lambda x: np.save(x / "observation.npy", np.zeros((84, 84, 19), np.uint8).T), {}, "in C order"),
-        (rosmo_atari, edit_meta(), {"unroll_steps": 6}, "no episode of K"),
+        (rosmo_atari, edit_meta(), {"unroll_steps": 6}, "no episode taken of .* K"),
     ],
 )
 def test_datasets_that_do_not_fit(tmp_path, script, damage, settings, sentence):
@@ -156,7 +162,7 @@ def test_a_fraction_is_evenly_spaced_and_chosen_by_seed(script, tmp_path):
         np.save(folder / "observation.npy", np.arange(800, dtype=np.float32)[:, None])
 
     def kept(fraction, seed):
-        data, rows, _ = load(script, folder, data_fraction=fraction, seed=seed)
+        data, rows, _ = load(script, folder, data_fraction=fraction, seed=seed, num_bins=601)
         assert (np.diff(rows.reshape(-1, 8)) == 1).all() and (rows[::8] % 8 == 0).all()
         assert is_atari(script) or (data.is_first[::8].all() and len(data.action) == len(rows))
         return rows[::8] // 8  # the episodes' numbers
@@ -254,8 +260,11 @@ def test_batches_are_the_same_wherever_the_frames_are(breakout_dataset, monkeypa
         index = rows[np.asarray(rosmo_atari.sample_windows(jax.random.fold_in(windows_key, t), len(rows), args))]
         for ours, whole in zip(batch, data, strict=True):
             assert np.array_equal(ours, whole[index]) and ours.sharding == split
-    expected = {"shares": {-(-len(rows) // 2)}, "whole": {len(rows)}}.get(placed)
-    assert ({shape[0] for shape in shapes} == expected) if expected else all(len(shape) == 2 for shape in shapes)
+    if placed == "host":
+        assert all(shape == (2, 8) for shape in shapes)
+    else:  # the rows in two halves: each device reads one, or both at once
+        assert {shape[0] for shape in shapes} == {{"shares": 1, "whole": 2}[placed]}
+        assert sum(map(math.prod, shapes)) == len(rows) + len(rows) % 2
 
 
 @pytest.mark.timeout(60)

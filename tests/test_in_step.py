@@ -76,7 +76,8 @@ def benchmarks(algorithm: str) -> Pair:
             f"|encoder|{sizes}|eval_interval|eval_max_steps|eval_fraction|log_interval|capture_video|cpu_size):",
             "Steps": '"""|observation: ',
             "load_dataset": r'def |"""|Format:|Raises|fifbbb|uifbbb|np.load|arrays do not|env_id|observation|return'
-            "|isfinite|episode|edges|drawn|held_out|longest|kept|^$",  # on BSuite some episodes can be held out
+            "|isfinite|episode|edges|drawn|held_out|longest|kept|^$"  # on BSuite some episodes can be held out
+            "|returns|num_bins|reversed|zip",  # and there are few bins
             "act": '"""|representation',  # the shapes of observations
             "evaluate": r'def |"""|nois|film|video|normalised|seed|reset|number, step|steps|cut_|is_playing',  # videos
             "parse_args": "cpu_size|seed",

@@ -138,7 +138,7 @@ def test_eval_only_scores_the_last_checkpoint(bsuite_run, atari_run, capsys):
     """Wherever the dataset is."""
     for script, run_dir in ((rosmo_bsuite, bsuite_run), (rosmo_atari, atari_run)):
         before = metrics(run_dir)
-        run(script, ["--resume", run_dir, "--eval-only", "--data-dir", "nowhere"])
+        run(script, ["--resume", run_dir, "--eval-only", "--data-dir", "nowhere", "--batch-size", 15])  # no batch to share
         found = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert found == {name: value for name, value in scores(before)[-1].items() if name != "eval/seconds"}
         assert metrics(run_dir) == before
@@ -200,6 +200,15 @@ def as_program(script, monkeypatch, *arguments):
     return 0
 
 
+def test_a_score_needs_no_cluster_and_ends_at_a_signal(bsuite_run, monkeypatch, capsys):
+    """Of a run that was trained on one."""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    assert as_program(rosmo_bsuite, monkeypatch, "--resume", bsuite_run, "--eval-only", "--distributed") == 0
+    assert handlers == {} and "eval/return_mean" in capsys.readouterr().out
+
+
 def test_a_second_signal_ends_the_program_itself(flags, tmp_path, monkeypatch):
     """After the first one the system's handler is back. The first one came before training: nothing is to be saved."""
     handlers, signum = {}, signal.SIGTERM
@@ -251,7 +260,7 @@ def test_a_batch_is_split_over_the_cores(cores, flags, devices, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "arguments", "sentence"),
     [
-        (rosmo_bsuite, ["--batch-size", 15], "--batch-size cannot be shared by 2 devices"),
+        (rosmo_bsuite, ["--batch-size", 15], "the number of devices must divide --batch-size"),
         (rosmo_bsuite, ["--num-simulations", 8], "--num-simulations is used with --sampling only"),
         (rosmo_bsuite, ["--eval-only"], "--eval-only needs --resume"),
         (rosmo_bsuite, ["--resume", "nowhere"], "nowhere is not the folder of a run"),

@@ -74,8 +74,10 @@ def test_the_same_command_goes_on(catch_dataset, folder):
     command = ["--env-id", "catch", "--data-dir", catch_dataset, *FLAGS, "--eval-episodes", "0", "--run-dir", "runs/a"]
     Path("runs/a").mkdir(parents=True)  # with nothing of a run in it
     run(rosmo_bsuite, command, stopped_by=[])
-    before = metrics(Path("runs/a"))
+    before, settings = metrics(Path("runs/a")), Path("runs/a/args.json").read_text()
     run(rosmo_bsuite, command)
+    run(rosmo_bsuite, [*command[:2], *command[4:]])  # without --data-dir: with the same data, not the default ones
+    assert Path("runs/a/args.json").read_text() == settings
     assert metrics(Path("runs/a")) == before and [line["step"] for line in before] == [20]
     for flags, sentence in (
         ([*command, "--discount", "0.5"], "has a run with other settings"),
@@ -102,7 +104,7 @@ def test_held_out_episodes(folder):
     run(rosmo_bsuite, [*FLAGS, *flags, "--run-dir", "run"])
     (line,) = metrics(Path("run"))
     assert scores([line]) == [] and line["eval/total_loss"] > 0 and line["eval/value_loss"] != line["train/value_loss"]
-    with pytest.raises(rosmo_bsuite.InputError, match="no episode of"):
+    with pytest.raises(rosmo_bsuite.InputError, match="no episode taken of"):
         rosmo_bsuite.load_dataset(write_logs(folder / "one", "plant", episodes=1), args)
 
 
@@ -129,6 +131,9 @@ def test_environments_of_ones_own(folder):
     (line,) = metrics(Path("run"))
     assert line["eval/return_mean"] == 12 and "eval/cut_episodes" not in line
     spec = gymnasium.envs.registration.EnvSpec("my_walks:Walk-v0", "my_walks:Walk", kwargs={"length": 10**9}).to_json()
+    unknown = write_logs(folder / "unknown", "my_walks:Walk-v0", env_spec="{}")
+    with pytest.raises(rosmo_bsuite.InputError, match="cannot be made"):
+        run(rosmo_bsuite, [*FLAGS, "--data-dir", unknown, "--env-id", "my_walks:Walk-v0"])
     flags[flags.index(logs)] = write_logs(folder / "endless", "my_walks:Walk-v0", env_spec=spec)
     run(rosmo_bsuite, [*flags, "--eval-max-steps", "30", "--run-dir", "endless_run"])
     (line,) = metrics(Path("endless_run"))
