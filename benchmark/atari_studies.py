@@ -16,6 +16,7 @@ import tyro
 
 from benchmark import studies
 from benchmark.studies import CLONING, Run, cell, print_table
+from data import record_atari
 from data.dataset import InputError, open_dataset, run_program
 from data.record_atari import NOISE_LEVELS, ScriptedPolicy, first_step, make_environments, next_step, record_if_missing
 
@@ -67,6 +68,8 @@ def best_level(game: str, episodes: int = 16) -> float:
 
 
 def main(args: Args) -> None:
+    if unknown := [game for game in args.games if game not in record_atari.SCRIPTS]:
+        raise InputError(f"{unknown[0]} has no scripted player: --games are of {', '.join(record_atari.SCRIPTS)}")
     data = {game: open_dataset(record_if_missing(game)).meta for game in args.games}
     if others := [game for game, meta in data.items() if meta.get("policy") != "scripted"]:
         raise InputError(f"datasets/atari has {', '.join(others)} not by its scripted player: run in another folder")

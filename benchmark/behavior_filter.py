@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pydantic.dataclasses import dataclass
 
 import rosmo_bsuite as script
+from data.dataset import InputError, run_program
 from rosmo_bsuite import Labels, Model, Steps, TrainState
 
 label_dataset_by_model = script.label_dataset
@@ -36,5 +37,5 @@ def label_dataset(state: TrainState, data: Steps, model: Model) -> Labels:
 
 
 if __name__ == "__main__":
-    script.Args, script.label_dataset = Args, label_dataset  # type: ignore[misc]
-    script.main(script.parse_args())
+    script.Args, script.label_dataset, script.InputError = Args, label_dataset, InputError  # type: ignore
+    run_program(lambda: script.main(script.parse_args()))

@@ -112,10 +112,12 @@ def study_of(args: Args) -> Study:
 
 
 def runs_of(args: Args) -> list[Run]:
-    """All runs of a study."""
+    """All runs of a study. Raises InputError if there are none."""
     study, runs = study_of(args), list[Run]()
     places = [(method, x) for x in study.xs for method in study.methods if x in study.fewer.get(method, study.xs)]
-    if study.flag and "ROSMO" not in study.methods:
+    if not places:
+        raise InputError(f"{args.study} has none of these --methods at these --xs")
+    if study.flag and "ROSMO" not in STUDIES[args.study].methods:
         places.insert(0, ("ROSMO", None))
     for (method, x), task, seed in itertools.product(places, study.tasks, args.seeds or range(study.seeds)):
         columns = {"study": args.study, "method": method, "x": x, "task": task, "seed": seed}
@@ -138,8 +140,8 @@ def print_curves(rows: list[dict], study: Study) -> None:
             scores = studies.scores_of(mine, some)
             line = [task, method, cell(studies.spread(scores))]
             if task != "all":
-                curves = studies.runs_of(mine).values()
-                solved = [[row["step"] for row in run if row["normalized_score"] >= 0.9] for run in curves]
+                curves = sorted(studies.runs_of(mine).items())  # by seed, as the scores
+                solved = [[row["step"] for row in run if row["normalized_score"] >= 0.9] for _, run in curves]
                 line += [", ".join(f"{score:.2f}" for score in scores[:, 0])]
                 line += [f"{max(row['normalized_score'] for row in mine):.2f}"]
                 line += [", ".join(f"{steps[0]:,}" if steps else "never" for steps in solved)]

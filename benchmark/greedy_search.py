@@ -43,11 +43,11 @@ def score(run_dir: Path, episodes: int, flags: list[str]) -> float:
 
 def main(args: Args) -> None:
     table = args.results / "bsuite_greedy.csv"
-    rows = {row["run"]: row for row in studies.read_table(table)}
+    rows = {row["run"]: row for row in studies.read_table(table) if row["episodes"] == str(args.episodes)}
     runs = bsuite_studies.runs_of(bsuite_studies.Args(study="seeds", methods=("MuZero Unplugged",)))
     whole = [run for run in runs if run.is_whole(studies.evaluations_of(args.runs / run.name()))]
     for run in tqdm([run for run in whole if run.name() not in rows], unit="run"):
-        columns = {name: str(run.columns[name]) for name in ("task", "seed")}
+        columns = {name: str(run.columns[name]) for name in ("task", "seed")} | {"episodes": str(args.episodes)}
         scores = {name: score(args.runs / run.name(), args.episodes, flags) for name, flags in SCORES.items()}
         rows[run.name()] = columns | {name: str(value) for name, value in scores.items()} | {"run": run.name()}
         studies.write_table(table, [], list(rows.values()))

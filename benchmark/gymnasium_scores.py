@@ -76,7 +76,7 @@ def main(args: Args) -> None:
         for script in scripts:
             of_it = [row for row in rows if row["task"] == env_id and row["script"] == script]
             returns = [run[-1]["return_mean"] for run in studies.runs_of(of_it).values()]
-            lines[-1] += [f"{np.mean(returns):.1f} ± {np.std(returns):.1f}", ", ".join(f"{x:.1f}" for x in returns)]
+            lines[-1] += [f"{np.mean(returns):.1f} ± {np.std(returns, ddof=1):.1f}", ", ".join(f"{x:.1f}" for x in returns)]
     studies.print_table(lines)
 
 

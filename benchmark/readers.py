@@ -6,21 +6,22 @@ Cold: the pages of the file are dropped before every batch (Linux only). A batch
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import tyro
 
 import rosmo_atari
 from benchmark.studies import print_table
-from data.dataset import open_dataset, run_program
+from data.dataset import InputError, open_dataset, run_program
 
 BATCHES = 24
 
 
-def main(folder: Path) -> None:
+def main(folder: tyro.conf.Positional[Path]) -> None:
+    rosmo_atari.InputError = InputError  # type: ignore[assignment, misc]
     jax.config.update("jax_num_cpu_devices", 1)
     jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))
     table = [["reader", "cold", "warm"]]
@@ -49,4 +50,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda: main(Path(sys.argv[1])))
+    run_program(lambda: tyro.cli(main, description=__doc__))

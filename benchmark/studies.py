@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import queue
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 from rliable import library, metrics
 from tqdm import tqdm
 
-from data.dataset import InputError, open_dataset
+from data.dataset import InputError, locked, open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOTSTRAPS = 2000  # resamplings of an interval estimate
@@ -96,13 +95,14 @@ def evaluations_of(run_dir: Path) -> list[dict]:
 def make(run: Run, runs: Path) -> list[dict]:
     """Makes, resumes or only reads one run, and returns its evaluations. Raises InputError if the run fails."""
     run_dir = runs / run.name()
-    if not run.is_whole(evaluations_of(run_dir)):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir):  # another program may make the same run
+        if run.is_whole(evaluations := evaluations_of(run_dir)):
+            return evaluations
         flags = run.all_flags() | {"run-dir": run_dir, "checkpoint-interval": run.updates // run.evaluations}
         arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value)) if part != "True"]
         if (run_dir / "args.json").exists():
             arguments = ["--resume", str(run_dir)]
-        else:
-            shutil.rmtree(run_dir, ignore_errors=True)  # killed before it began
         # What runs have in common, those that differ only in the seed for instance, is compiled once.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(runs.absolute() / "compiled")}
         cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -110,14 +110,16 @@ def make(run: Run, runs: Path) -> list[dict]:
         environment = cache | os.environ | {"PYTHONPATH": path}
         command = [sys.executable, "-m", run.script, *arguments]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if result.returncode != 0:
+        if result.returncode != 0 or not run.is_whole(evaluations := evaluations_of(run_dir)):
             raise InputError(f"{run_dir} stopped with exit code {result.returncode}: {result.stderr.strip()[-500:]}")
-    return evaluations_of(run_dir)
+        return evaluations
 
 
 def side_by_side(runs: Sequence[Run], args: Args, title: str) -> Iterator[tuple[Run, list[dict]]]:
     """Makes the runs and yields each with its evaluations, as soon as it is whole. Every worker, and with it the runs that
     it starts, is bound to cores of its own: two runs that both use both cores take twice as long. (On Linux only.)"""
+    if args.workers < 1:
+        raise InputError("--workers is 1 or more")
     free = queue.SimpleQueue[set[int]]()
     for worker in range(args.workers):
         free.put(set(CORES[worker :: args.workers] or [CORES[worker % len(CORES)]]))
@@ -295,7 +297,7 @@ def draw(rows: list[dict], tasks: Sequence[str], label: str, path: Path) -> dict
             middle, low, high = np.array(list(drawn[name, method].values())).T
             if xs != [None]:
                 beside = np.array(xs) * 1.03 ** (i - (len(methods) - 1) / 2)  # so that intervals do not cover each other
-                error = (middle - low, high - middle)
+                error = np.maximum(0, (middle - low, high - middle))  # the mean of equal scores may be rounded
                 axis.errorbar(beside, middle, error, color=color, linestyle=style, marker="o", capsize=3, label=method)
             else:  # a level to compare with
                 axis.axhline(middle[0], color=color, linestyle="--", label=method)

@@ -113,15 +113,16 @@ def main(name: str, flags: list[str]) -> None:
     if not (ROOT / f"{name}.py").exists():
         raise InputError(f"there is no script {name}.py in {ROOT}")
     script: Any = importlib.import_module(name)
-    try:
-        args = script.parse_args(flags)
-        jax.config.update("jax_num_cpu_devices", args.cpu_devices or len(CORES))
-        jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))
-        print(f"{name} {' '.join(flags)}\nbatch {args.batch_size}, {args.compute_dtype}, {platform.machine()}, ", end="")
-        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
-        report = bsuite(script, args) if hasattr(script, "label_dataset") else atari(script, args)
-    except script.InputError as error:
-        raise InputError(str(error)) from None
+    script.InputError = InputError
+    args = script.parse_args(flags)
+    shares = [n for n in range(1, min(len(CORES), 8) + 1) if args.batch_size % n == 0]  # as the scripts choose them
+    jax.config.update("jax_num_cpu_devices", args.cpu_devices or shares[-1])
+    jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))
+    script.require(args.batch_size % jax.device_count() == 0, "the number of devices must divide --batch-size")
+    script.require(args.eval_episodes, "an evaluation is timed: --eval-episodes is 1 or more")
+    print(f"{name} {' '.join(flags)}\nbatch {args.batch_size}, {args.compute_dtype}, {platform.machine()}, ", end="")
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
+    report = bsuite(script, args) if hasattr(script, "label_dataset") else atari(script, args)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # KiB
     for what, value in (report | {"peak memory": f"{memory:.2f} GiB"}).items():
         print(f"{what:22} {value}")

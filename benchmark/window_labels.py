@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 import muzero_unplugged_bsuite as script
+from data.dataset import InputError, run_program
 from muzero_unplugged_bsuite import Labels, Model, Steps, TrainState
 
 shared_labels_update = script.update
@@ -25,5 +26,5 @@ def update(state: TrainState, key: jax.Array, batch: Steps, labels: Labels, mode
 
 
 if __name__ == "__main__":
-    script.label_dataset, script.update = label_nothing, update  # type: ignore[assignment]
-    script.main(script.parse_args())
+    script.label_dataset, script.update, script.InputError = label_nothing, update, InputError  # type: ignore
+    run_program(lambda: script.main(script.parse_args()))

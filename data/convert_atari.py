@@ -8,13 +8,12 @@ Formats, known by the names of their files:
     rl_unplugged   run_1-00000-of-00050: RL Unplugged's own shards (Gulcehre et al. 2020, arXiv 2006.13888)
     tfds           *.tfrecord-00000-of-00001 and features.json: the same as TensorFlow Datasets leaves it on disk
     dqn_replay     $store$_observation_ckpt.0.gz and its siblings: DQN Replay (Agarwal et al. 2020, arXiv 1907.04543)
-    minari         main_data.hdf5 or data/metadata.json: discrete actions, images or vectors; also by its name
+    minari         main_data.hdf5 or data/metadata.json: discrete actions and images; also by its name
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -105,16 +104,16 @@ def open_source(args: Args, out: Path) -> Source:
     else:
         raise InputError("name what to convert by --source, or a run of RL Unplugged to download by --run 1 (to 5)")
     source = open_minari(files[0].parent, args.observation_key) if name == "minari" else OPEN[name](files)
-    meta: dict[str, Any] = {"benchmark": "bsuite", "noise": 0.0}
-    if source.shape == FRAME:
-        check_name(files[0], args.env_id)
-        actions = num_actions(args.env_id)
-        if source.meta.get("num_actions", actions) != actions:
-            raise InputError(f"{files[0]} has {source.meta['num_actions']} actions, but {args.env_id} has {actions}")
-        meta = {"benchmark": "atari", "num_actions": actions, "reference_returns": reference_returns(args.env_id)}
-        if name != "minari" and args.env_id in OTHER_ROMS:
-            old = "of the data's it shows 210 of 250 lines" if args.env_id in TALL_SCREENS else "--rom-dir mends it"
-            meta["notice"] = f"EnvPool shows other pictures of {args.env_id} than the data: its ROM is another one; {old}"
+    if source.shape != FRAME:
+        raise InputError(f"{files[0].parent} has no images: python -m data.convert_bsuite converts it")
+    check_name(files[0], args.env_id)
+    actions = num_actions(args.env_id)
+    if source.meta.get("num_actions", actions) != actions:
+        raise InputError(f"{files[0]} has {source.meta['num_actions']} actions, but {args.env_id} has {actions}")
+    meta = {"benchmark": "atari", "num_actions": actions, "reference_returns": reference_returns(args.env_id)}
+    if name != "minari" and args.env_id in OTHER_ROMS:
+        old = "of the data's it shows 210 of 250 lines" if args.env_id in TALL_SCREENS else "--rom-dir mends it"
+        meta["notice"] = f"EnvPool shows other pictures of {args.env_id} than the data: its ROM is another one; {old}"
     taken = {"files": [file.name for file in files], "percentage": args.percentage}
     return source._replace(meta=meta | source.meta | taken | {"env_id": args.env_id})
 
@@ -130,10 +129,7 @@ def convert(args: Args) -> Path:
     out = args.out or default_folder(args.env_id)
     if out.exists():
         raise InputError(f"{out} exists already; remove it or name another folder")
-    source = open_source(args, out)
-    if source.shape != FRAME and args.out is None:
-        out = Path("datasets/bsuite") / args.env_id
-    return convert_source(source, out, args.percentage)
+    return convert_source(open_source(args, out), out, args.percentage)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ class DatasetWriter:
 
 
 @contextmanager
-def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
+def locked(folder: Path, flags: int = 0) -> Iterator[None]:
     """Holds the advisory lock of a folder; the system drops it when the program ends, however it ends.
 
     A file system may have no such locks (NFS): then only flags LOCK_NB, which must know, raises its OSError.
@@ -203,6 +203,15 @@ def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what killed programs left of the dataset folder `path`."""
+    with suppress(FileNotFoundError), locked(path.parent):
+        for leftover in path.parent.glob(f".{path.name}.partial-*"):
+            # It blocks: a living program writes there. Not found: that program has just finished. No locks: who knows.
+            with suppress(OSError), locked(leftover, fcntl.LOCK_NB):
+                shutil.rmtree(leftover)
 
 
 @contextmanager
@@ -237,16 +246,12 @@ def write_dataset(path: Path | str, *, env_id: str, num_actions: int, **meta: An
         if wrong:
             raise InputError(f"{path} is not written: {fault}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}.partial-"
+    remove_leftovers(path)
     with ExitStack() as stack:
-        with _locked(path.parent):
-            for leftover in path.parent.glob(f"{prefix}*"):
-                # It blocks: a living program writes there. Not found: that program has just finished. No locks: who knows.
-                with suppress(OSError), _locked(leftover, fcntl.LOCK_NB):
-                    shutil.rmtree(leftover)
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent.absolute()))
+        with locked(path.parent):
+            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent.absolute()))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
         writer = stack.enter_context(closing(DatasetWriter(folder, meta)))
         yield writer
         found = writer.finish()
@@ -312,10 +317,8 @@ def optional(*names: str) -> list[Any]:
 
 
 def check_disk(folder: Path, need: float, hint: str) -> None:
-    """Prints what is needed and what is free.
-
-    Raises InputError, ending in `hint`, if `need` bytes do not fit into `folder`, which need not exist.
-    """
+    """Prints what is needed and free; raises InputError, ending in `hint`, if `need` bytes do not fit into `folder`."""
+    remove_leftovers(folder)  # they take room
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     sizes = f"about {need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there"

@@ -8,7 +8,7 @@ import pytest
 import muzero_unplugged_atari
 import rosmo_atari
 from benchmark import atari_studies, studies
-from data.dataset import write_dataset
+from data.dataset import InputError, write_dataset
 
 SCRIPTS = {"rosmo_atari": rosmo_atari, "muzero_unplugged_atari": muzero_unplugged_atari}
 DIFFERENT = {  # what a method's runs have otherwise than the script, beside what all have
@@ -58,6 +58,8 @@ def test_the_table(monkeypatch, tmp_path, capsys):
         assert lines[2:4] == ["| mean of the data | -3.2 | -3.2 |  |", "| best level of the data | 12.3 | 20.0 |  |"]
         assert lines[4] == "| ROSMO | 4.0 [3.0, 5.0] | 4.0 [3.0, 5.0] | 4 |"
         assert lines[-1] == "| MZU-Q | 44.0 [43.0, 45.0] | 44.0 [43.0, 45.0] | 4 |"
+    with pytest.raises(InputError, match="Seaquest has no scripted player: --games are of "):
+        atari_studies.main(atari_studies.Args(games=("Pong", "Seaquest")))
     with (tmp_path / "atari.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows[::5]] == [run.name() for run in atari_studies.runs_of(args)]

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -76,6 +77,12 @@ def test_a_part_of_a_study():
     assert run.columns["seed"] == 5
     with pytest.raises(InputError, match="--methods of budget are of MuZero Unplugged, MZU-Q, Gumbel MuZero, not ROSMO"):
         bsuite_studies.runs_of(bsuite_studies.Args(study="budget", methods=("ROSMO",)))
+    with pytest.raises(InputError, match="budget has none of these --methods at these --xs"):
+        bsuite_studies.runs_of(bsuite_studies.Args(study="budget", methods=("MZU-Q",), xs=(16,)))
+    # A method of the study is no level to compare with.
+    for study, methods in (("coverage", {"MuZero Unplugged"}), ("budget", {"MuZero Unplugged", "ROSMO"})):
+        runs = bsuite_studies.runs_of(bsuite_studies.Args(study=study, methods=("MuZero Unplugged",)))
+        assert {run.columns["method"] for run in runs} == methods
 
 
 def test_a_whole_run():
@@ -101,7 +108,7 @@ def test_seconds_of_updates(tmp_path):
 
 
 def test_a_run_is_made_once_and_a_stopped_one_resumed(monkeypatch, tmp_path):
-    """Four calls for a run of 20 updates: the first dies at once, the second after 10, the third goes on, the last reads."""
+    """Calls for 20 updates: the first dies at once, the second is stopped after 10, the third goes on, the last reads."""
     called = []
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
 
@@ -116,12 +123,12 @@ def test_a_run_is_made_once_and_a_stopped_one_resumed(monkeypatch, tmp_path):
             with (run_dir / "metrics.jsonl").open("a") as file:
                 file.write(f'{{"step": {step}, "train/updates_per_second": 4.0}}\n')
                 file.write(f'{{"step": {step}, "eval/return_mean": 2.0}}\n')
-        return subprocess.CompletedProcess(command, 0 if len(called) == 3 else 143, "", "out of luck")
+        return subprocess.CompletedProcess(command, 1 if len(called) == 1 else 0, "", "out of luck")
 
     run = Run({}, "rosmo_atari", {"env-id": "Pong", "cpu-size": True}, updates=20, evaluations=2)
     monkeypatch.setattr(studies.subprocess, "run", program)
-    for _ in range(2):
-        with pytest.raises(InputError, match=r"rosmo_atari__cpu-size=True.* stopped with exit code 143: out of luck"):
+    for code in (1, 0):
+        with pytest.raises(InputError, match=rf"rosmo_atari__cpu-size=True.* stopped with exit code {code}: out of luck"):
             studies.make(run, tmp_path)
     for _ in range(2):
         evaluations = studies.make(run, tmp_path)
@@ -129,6 +136,23 @@ def test_a_run_is_made_once_and_a_stopped_one_resumed(monkeypatch, tmp_path):
     start = ["-m", "rosmo_atari", "--env-id", "Pong", "--cpu-size", "--total-steps", "20"]
     start += ["--eval-interval", "10", "--run-dir", str(tmp_path / run.name()), "--checkpoint-interval", "10"]
     assert called == [start, start, [*start[:2], "--resume", str(tmp_path / run.name())]]
+
+
+def test_programs_side_by_side_make_a_run_once(monkeypatch, tmp_path):
+    called = []
+
+    def program(command, **_):
+        called.append(command)
+        time.sleep(0.2)
+        (tmp_path / run.name() / "metrics.jsonl").write_text('{"step": 20, "eval/return_mean": 2.0}\n')
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    run = Run({}, "rosmo_atari", {}, updates=20, evaluations=1)
+    monkeypatch.setattr(studies.subprocess, "run", program)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: studies.make(run, tmp_path), range(2))
+    assert one == two and one[0]["step"] == 20
+    assert len(called) == 1
 
 
 # --------------------------------------------------------------------------------------------------------- Many runs
@@ -289,8 +313,10 @@ def test_a_level_to_compare_with(tmp_path, figures):
     line = axis.containers[0].lines
     assert line[0].get_xydata().tolist() == [[0, 2], [pytest.approx(4, rel=0.03), 6]]
     assert [bar[:, 1].tolist() for bar in line[2][0].get_segments()] == [[0, 5], [4, 9]]
+    equal = [row | {"normalized_score": 0.75125} for row in rows]  # their mean is rounded to another number
+    assert np.mean([0.75125] * 3) != 0.75125 and studies.draw(equal, ("a",), "x", tmp_path / "a.png")
     studies.draw_curves([row for row in rows if row["x"] == 4.0], ("a", "a"), tmp_path / "b.png")
-    assert {line[0].get_color(), *(each.get_color() for each in figures[1].axes[1].lines)} == {studies.STYLES["MZU-Q"][0]}
+    assert {line[0].get_color(), *(each.get_color() for each in figures[2].axes[1].lines)} == {studies.STYLES["MZU-Q"][0]}
 
 
 @pytest.mark.slow
@@ -363,6 +389,8 @@ def test_greedy_search(monkeypatch, tmp_path, capsys):
         assert "| catch | 0 | 0.10 [0.10, 0.10] | 0.10 | 0.20 [0.20, 0.20] | 0.20 |" in capsys.readouterr().out
     common = ["--resume", str(tmp_path / run.name()), "--eval-only", "--eval-episodes", "9"]
     assert called == [common, [*common, "--temperature", "0", "--dirichlet-fraction", "0"]]
+    greedy_search.main(greedy_search.Args(runs=tmp_path, results=tmp_path, episodes=8))  # other scores
+    assert "| catch | 0 | 0.30 [0.30, 0.30] | 0.30 | 0.40 " in capsys.readouterr().out
 
 
 def test_labels_of_every_window(monkeypatch):
@@ -473,5 +501,10 @@ def test_throughput(monkeypatch, capsys, catch_dataset):
     found = {line[:20].strip(): line[20:].split()[0] for line in lines[2:]}
     assert found["steps of data"] == "2000" and float(found["updates per second"]) > 1
     assert float(found["one update"]) == pytest.approx(1e3 / float(found["updates per second"]), rel=0.02)
-    with pytest.raises(InputError, match="there is no script x"):
-        throughput.main("x", [])
+    for name, more, sentence in (
+        ("x", [], "there is no script x"),
+        ("rosmo_bsuite", ["--eval-episodes", "0"], "--eval-episodes is 1 or more"),
+        ("rosmo_bsuite", ["--batch-size", "15"], "the number of devices must divide --batch-size"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            throughput.main(name, [*flags, *more])

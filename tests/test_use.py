@@ -109,18 +109,18 @@ def test_held_out_episodes(folder):
 
 
 def test_the_lines_for_flat_logs(folder):
-    """data/README.md's, on a log as D4RL's: two episodes end by themselves, two are truncated."""
+    """data/README.md's, on a log as D4RL's: two episodes end by themselves, two are truncated; one observation has no action."""
     text = (ROOT / "data" / "README.md").read_text()
     lines = re.search(r"```python\n(import numpy as np\n\nterminals.*?)```", text, re.S)[1]
     time = np.arange(40)
     log = {"observations": time[:, None] * 1.0, "actions": time % 3, "rewards": time * 1.0}
-    log |= {"terminals": time % 20 == 9, "timeouts": time % 20 == 19}
+    log |= {"terminals": time % 20 == 9, "timeouts": (time % 20 == 19) | (time == 20)}
     with write_dataset("flat", env_id="plant", num_actions=3, benchmark="bsuite") as dataset:
         exec(lines, {"log": log, "dataset": dataset})
     data = open_dataset(Path("flat"))
     assert data.observation[:12, 0].tolist() == [*range(10), 9, 10]
-    assert np.flatnonzero(data.is_last).tolist() == [10, 20, 31, 41]
-    assert np.flatnonzero(data.is_terminal).tolist() == [10, 31] and data.reward.sum() == time.sum() - 19 - 39
+    assert np.flatnonzero(data.is_last).tolist() == [10, 20, 30, 40]
+    assert np.flatnonzero(data.is_terminal).tolist() == [10, 30] and data.reward.sum() == time.sum() - 19 - 20 - 39
 
 
 def test_environments_of_ones_own(folder):
