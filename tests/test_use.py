@@ -109,7 +109,7 @@ def test_held_out_episodes(folder):
 
 
 def test_the_lines_for_flat_logs(folder):
-    """data/README.md's, on a log as D4RL's: two episodes end by themselves, two are truncated; one observation has no action."""
+    """data/README.md's, on a log as D4RL's: two episodes end, two are truncated; one observation has no action."""
     text = (ROOT / "data" / "README.md").read_text()
     lines = re.search(r"```python\n(import numpy as np\n\nterminals.*?)```", text, re.S)[1]
     time = np.arange(40)
