@@ -453,7 +453,7 @@ class TrainState(NamedTuple):
     params: Any
     target_params: Any
     optimizer_state: Any
-    key: jax.Array  # stays as it is: of its parts for windows, actions and labels, fold_in(part, update) is used
+    key: jax.Array  # stays as it is: it is split for windows, actions and labels, and the update's number folded in
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:

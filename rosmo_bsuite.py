@@ -310,7 +310,7 @@ class TrainState(NamedTuple):
     params: Any
     target_params: Any
     optimizer_state: Any
-    key: jax.Array  # stays as it is: of its parts for windows, actions and labels, fold_in(part, update) is used
+    key: jax.Array  # stays as it is: it is split for windows, actions and labels, and the update's number folded in
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -437,8 +437,8 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, Steps, dict[str, Any]
     returns = [0.0]  # discounted, from the last step on
     for reward, is_last in zip(data.reward[::-1].tolist(), data.is_last[::-1].tolist(), strict=True):
         returns.append(reward + (0 if is_last else args.discount * returns[-1]))
-    bins = 2 * int(np.ceil(value_transform(np.abs(returns).max()))) + 1
-    require(args.num_bins >= bins, f"{of} has discounted returns that need --num-bins {bins} or more")
+    bins = 2 * int(np.ceil(value_transform(np.abs(np.append(returns, data.reward)).max()))) + 1
+    require(args.num_bins >= bins, f"{of} has rewards or discounted returns that need --num-bins {bins} or more")
     episode, random = np.cumsum(data.is_first) - 1, np.random.default_rng(args.seed)  # [N], of the step
 
     def draw(episodes: np.ndarray, fraction: float) -> np.ndarray:  # one of each of equal stretches of them

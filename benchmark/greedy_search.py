@@ -43,17 +43,19 @@ def score(run_dir: Path, episodes: int, flags: list[str]) -> float:
 
 def main(args: Args) -> None:
     table = args.results / "bsuite_greedy.csv"
-    rows = {row["run"]: row for row in studies.read_table(table) if row["episodes"] == str(args.episodes)}
+    rows = {(row["run"], row["episodes"]): row for row in studies.read_table(table)}
+    episodes = str(args.episodes)
     runs = bsuite_studies.runs_of(bsuite_studies.Args(study="seeds", methods=("MuZero Unplugged",)))
     whole = [run for run in runs if run.is_whole(studies.evaluations_of(args.runs / run.name()))]
-    for run in tqdm([run for run in whole if run.name() not in rows], unit="run"):
-        columns = {name: str(run.columns[name]) for name in ("task", "seed")} | {"episodes": str(args.episodes)}
+    for run in tqdm([run for run in whole if (run.name(), episodes) not in rows], unit="run"):
+        columns = {name: str(run.columns[name]) for name in ("task", "seed")} | {"episodes": episodes}
         scores = {name: score(args.runs / run.name(), args.episodes, flags) for name, flags in SCORES.items()}
-        rows[run.name()] = columns | {name: str(value) for name, value in scores.items()} | {"run": run.name()}
+        rows[run.name(), episodes] = columns | {name: str(value) for name, value in scores.items()} | {"run": run.name()}
         studies.write_table(table, [], list(rows.values()))
     lines = [["task", "seeds", "as trained", "each", "greedy", "each"]]
     for task in bsuite_studies.STUDIES["seeds"].tasks:
-        mine = sorted((row for row in rows.values() if row["task"] == task), key=lambda row: int(row["seed"]))
+        mine = [row for row in rows.values() if (row["task"], row["episodes"]) == (task, episodes)]
+        mine.sort(key=lambda row: int(row["seed"]))
         lines += [[task, ", ".join(row["seed"] for row in mine)]] if mine else []
         for x in (np.array([[float(row[name])] for row in mine]) for name in SCORES if mine):
             lines[-1] += [studies.cell(studies.spread(x)), ", ".join(f"{v:.2f}" for v in x[:, 0])]

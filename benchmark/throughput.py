@@ -43,6 +43,7 @@ def spread(values: list[float], unit: str) -> str:
 
 def bsuite(script: Any, args: Any) -> dict[str, str]:
     """Labels of the dataset and compiled loops of updates."""
+    script.require(args.eval_episodes, "an evaluation is timed: --eval-episodes is 1 or more")
     data, _, meta = script.load_dataset(args.data_dir or record_bsuite.record_if_missing(args.env_id, args.noise), args)
     data, model = jax.device_put(data, jax.P()), script.Model(meta["num_actions"], args)
     state = jax.device_put(jax.device_get(script.init_state(data.observation.shape[1:], model)), jax.P())
@@ -119,7 +120,6 @@ def main(name: str, flags: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", args.cpu_devices or shares[-1])
     jax.set_mesh(jax.sharding.Mesh(jax.devices(), ("batch",)))
     script.require(args.batch_size % jax.device_count() == 0, "the number of devices must divide --batch-size")
-    script.require(args.eval_episodes, "an evaluation is timed: --eval-episodes is 1 or more")
     print(f"{name} {' '.join(flags)}\nbatch {args.batch_size}, {args.compute_dtype}, {platform.machine()}, ", end="")
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
     report = bsuite(script, args) if hasattr(script, "label_dataset") else atari(script, args)

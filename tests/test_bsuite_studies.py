@@ -391,6 +391,7 @@ def test_greedy_search(monkeypatch, tmp_path, capsys):
     assert called == [common, [*common, "--temperature", "0", "--dirichlet-fraction", "0"]]
     greedy_search.main(greedy_search.Args(runs=tmp_path, results=tmp_path, episodes=8))  # other scores
     assert "| catch | 0 | 0.30 [0.30, 0.30] | 0.30 | 0.40 " in capsys.readouterr().out
+    assert [row["episodes"] for row in read(tmp_path / "bsuite_greedy.csv")] == ["9", "8"]  # the first ones stay
 
 
 def test_labels_of_every_window(monkeypatch):
