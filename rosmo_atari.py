@@ -647,7 +647,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         require(not args.rom_dir or (args.rom_dir / rom).exists(), f"{args.rom_dir} has no {rom}")
         require(found == meta["num_actions"], f"{args.env_id} has {found} actions, the dataset {meta['num_actions']}")
     model = Model(meta["num_actions"], args)
-    state = jax.device_put(jax.device_get(init_state((84, 84, 4), model)), P())  # on each device
+    state = jax.device_put(jax.device_get(init_state((84, 84, 4), model)), P())
 
     if first := jax.process_index() == 0:  # of several processes the first writes and talks
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))

@@ -571,7 +571,7 @@ def main(args: Args, stopped_by: Any = ()) -> None:
         wanted = f"{gymnasium.spaces.Discrete(meta['num_actions'])} and {tuple(meta['observation_shape'])}"
         require(found == wanted, f"{args.env_id} has actions and observations {found}, the dataset {wanted}")
     model = Model(meta["num_actions"], args)
-    state = jax.device_put(jax.device_get(init_state((int(np.prod(meta["observation_shape"])),), model)), P())  # on each device
+    state = jax.device_put(jax.device_get(init_state((int(np.prod(meta["observation_shape"])),), model)), P())
 
     if first := jax.process_index() == 0:  # of several processes the first writes and talks
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
