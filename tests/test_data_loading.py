@@ -61,6 +61,12 @@ def edit_meta(**entries):
     return damage
 
 
+def empty(folder):
+    for path in folder.glob("*.npy"):
+        np.save(path, np.load(path)[:0])
+    edit_meta(steps=0)(folder)
+
+
 DAMAGED = [  # files
     (shutil.rmtree, "missing or damaged .*meta.json"),
     (lambda folder: (folder / "meta.json").write_text("[]"), "missing or damaged"),
@@ -83,6 +89,7 @@ DAMAGED = [  # files
         (change("is_first", 0, False), "does not mark whole episodes"),
         (change("is_last", 18, False), "does not mark whole episodes"),
         (change("is_terminal", 3, True), "does not mark whole episodes"),
+        (empty, "does not mark whole episodes|missing or damaged"),
         (change("action", 0, 3), "actions outside 0 to 2"),
         (change("action", 0, -1), "actions outside 0 to 2"),
         (change("reward", 4, 1), "a reward at an episode's last step"),
