@@ -550,7 +550,7 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, np.ndarray, dict[str,
     form = data.observation.dtype.name, data.observation.shape[1:], data.observation.flags.c_contiguous
     require(form == ("uint8", (84, 84), True), f"{of} has observations of {form[:2]}, not uint8 84 x 84 in C order")
     is_whole = np.array_equal(data.is_first, np.roll(data.is_last, 1)) and data.is_last[data.is_terminal].all()
-    require(is_whole and length and data.is_first[0], f"{of} does not mark whole episodes by is_first, is_last and is_terminal")
+    require(is_whole and length and data.is_first[0], f"{of} does not mark whole episodes by is_first, is_last, is_terminal")
     require(data.action.min() >= 0 and data.action.max() < num_actions, f"{of} has actions outside 0 to {num_actions - 1}")
     require(not data.reward[data.is_last].any(), f"{of} has a reward at an episode's last step, which has no action")
     require(np.isfinite(data.reward).all(), f"{of} has a reward that is not finite (reward.npy)")

@@ -430,7 +430,7 @@ def load_dataset(folder: Path, args: Args) -> tuple[Steps, Steps, dict[str, Any]
     require(is_whole, f"{of} is damaged: its arrays do not hold {length} floats, integers, floats and three times flags")
     require(found == (args.env_id, args.noise), f"{of} is of {found}, not of {args.env_id, args.noise} (--env-id, --noise)")
     is_whole = np.array_equal(data.is_first, np.roll(data.is_last, 1)) and data.is_last[data.is_terminal].all()
-    require(is_whole and length and data.is_first[0], f"{of} does not mark whole episodes by is_first, is_last and is_terminal")
+    require(is_whole and length and data.is_first[0], f"{of} does not mark whole episodes by is_first, is_last, is_terminal")
     require(data.action.min() >= 0 and data.action.max() < num_actions, f"{of} has actions outside 0 to {num_actions - 1}")
     require(not data.reward[data.is_last].any(), f"{of} has a reward at an episode's last step, which has no action")
     require(np.isfinite(data.reward).all() and np.isfinite(data.observation).all(), f"{of} has numbers that are not finite")
