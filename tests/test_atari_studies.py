@@ -58,6 +58,10 @@ def test_the_table(monkeypatch, tmp_path, capsys):
         assert lines[2:4] == ["| mean of the data | -3.2 | -3.2 |  |", "| best level of the data | 12.3 | 20.0 |  |"]
         assert lines[4] == "| ROSMO | 4.0 [3.0, 5.0] | 4.0 [3.0, 5.0] | 4 |"
         assert lines[-1] == "| MZU-Q | 44.0 [43.0, 45.0] | 44.0 [43.0, 45.0] | 4 |"
+    atari_studies.main(atari_studies.Args(games=("Pong", "Freeway"), methods=("MZU-Q",), results=tmp_path))
+    assert capsys.readouterr().out.splitlines()[5:] == lines[-1:] and len(made) == 5 * 2 * 3
+    with pytest.raises(InputError, match="there is no method MCTS: --methods are of ROSMO, "):
+        atari_studies.main(atari_studies.Args(methods=("ROSMO", "MCTS")))
     with pytest.raises(InputError, match="Seaquest has no scripted player: --games are of "):
         atari_studies.main(atari_studies.Args(games=("Pong", "Seaquest")))
     with (tmp_path / "atari.csv").open(newline="") as file:
